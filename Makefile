@@ -1,0 +1,60 @@
+# Every target works from a fresh clone: what it needs is made first. `make` alone prints help.
+
+PROFILE ?= pocket
+MODELS ?=
+STUDIES ?=
+TORCH_INDEX ?=
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+
+BIN := .venv/bin
+READY := .venv/.ready
+POCKET_MODELS := pocket-mamba pocket-mamba2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce report test lint bench lab models clean
+
+help:  ## print this help
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
+	@echo
+	@echo "  PROFILE=pocket     the profile of reproduce and report: a name or the path of a YAML file"
+	@echo "  MODELS= STUDIES=   only these of the profile, separated by commas"
+	@echo "  PYTHON=            the interpreter to set up with, 3.11 to 3.13"
+	@echo "  TORCH_INDEX=       address of a package index to take PyTorch from, such as PyTorch's own for CPUs"
+
+setup: $(READY)  ## create .venv with the exact versions of requirements/cpu.txt, once
+
+reproduce: $(READY)  ## run the studies that are not done yet, then tables, figures and notebooks
+	@$(BIN)/python -m shedder_utils run --profile "$(PROFILE)" --models "$(MODELS)" --studies "$(STUDIES)"
+
+report: $(READY)  ## draw tables and figures again from the records, without a model
+	@$(BIN)/python -m shedder_utils report --profile "$(PROFILE)"
+
+test: lint  ## check style and types, then run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## check style and types only
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)  ## measure speed: ratios within one run, on this machine
+	@$(BIN)/python -m tests.benchmarks
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+models: $(READY)  ## train the pocket models from nothing (hours; goes on where it stopped)
+	@$(BIN)/python -m shedder_utils.pocket.build
+	@for model in $(POCKET_MODELS); do $(BIN)/python -m shedder_utils.pocket.training $$model || exit 1; done
+
+clean:  ## remove .venv and caches; runs/ stays
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null \
+	  || { echo "$(PYTHON) is missing or not Python 3.11 to 3.13: name another, make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up .venv: some 180 packages, a few minutes, once"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r requirements/cpu.txt
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,55 @@
+"""Components: the parts of a model that pruning can remove, named by a kind and an index.
+
+The kinds are the granularities of the paper (section 3.2, figure 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import PlanError
+
+KINDS = {
+    "mamba_block": "a residual layer: norm and mixer",
+    "ssm": "the state space model inside a mixer",
+    "mha": "the attention of a Transformer block",
+    "mlp": "the MLP of a Transformer block",
+    "transformer_block": "a Transformer block: attention and MLP",
+    "hymba_block": "the hybrid heads of a Hymba layer",
+    "attention": "the attention heads of a Hymba layer",
+    "mlp_channels": "the last channels of an MLP",
+}
+"""What each kind is. For every kind but `mlp_channels` a component goes whole; there, the index is the MLP."""
+
+
+@dataclass(frozen=True, order=True)
+class Component:
+    """One removable part: `Component("ssm", 17)`, written `ssm:17`.
+
+    kind: a key of `KINDS`; index: int from 0, in the numbering of the unpruned model.
+    Raises PlanError for an unknown kind or a negative index.
+    """
+
+    kind: str
+    index: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"kind {self.kind!r} is unknown: expected one of {', '.join(KINDS)}")
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise PlanError(f"{self.kind}: index {self.index!r} is not an integer from 0 up")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Component:
+        """The component that `str` wrote.
+
+        >>> Component.parse("ssm:17")
+        Component(kind='ssm', index=17)
+        """
+        kind, colon, index = text.partition(":")
+        if not (colon and index.isdecimal()):
+            raise PlanError(f"component {text!r} is malformed: expected 'kind:index', for example 'ssm:17'")
+        return cls(kind, int(index))

@@ -1,0 +1,49 @@
+"""Mamba-2 (SSD): one decay per head, B and C shared by the heads of a group and convolved together with x.
+
+in_proj yields [z | x | B | C | dt]. Without its SSM the mixer computes out_proj(norm(silu(conv(x)), z)) with the gated
+norm in place. Dead are then the rows of B, C and dt in in_proj, their convolution channels, A_log, D and dt_bias.
+
+B batch, L tokens, E inner width, G groups, N state size, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.mamba2 import modeling_mamba2
+
+from .mamba_like import MambaLike, MixerWithoutSSM
+
+
+class Mamba2MixerWithoutSSM(MixerWithoutSSM):
+    """The Mamba-2 mixer without its scan."""
+
+    modeling = modeling_mamba2
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__(mixer)
+        self.norm = mixer.norm
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Cache | None = None, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Output (B, L, D) of the mixer for its normed input (B, L, D); attention_mask (B, L), 0 at padding."""
+        masked = self.modeling.apply_mask_to_padding_states
+        gate, x = self.in_proj(masked(hidden_states, attention_mask)).chunk(2, dim=-1)
+        x = masked(self.convolve(x.transpose(1, 2), cache_params).transpose(1, 2), attention_mask)
+        return self.out_proj(self.norm(x, gate).to(hidden_states.dtype))
+
+
+class Mamba2(MambaLike):
+    """Mamba-2."""
+
+    models = ("mamba2",)
+    mixer_without_ssm = Mamba2MixerWithoutSSM
+
+    def dead_in_mixer(self, mixer: nn.Module) -> int:
+        in_proj_rows = mixer.in_proj.out_features - 2 * mixer.intermediate_size
+        channels = mixer.conv1d.out_channels - mixer.intermediate_size
+        in_conv = channels * (mixer.conv1d.kernel_size[0] + (mixer.conv1d.bias is not None))
+        return in_proj_rows * (mixer.hidden_size + (mixer.in_proj.bias is not None)) + in_conv + 3 * mixer.num_heads

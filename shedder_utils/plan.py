@@ -1,0 +1,108 @@
+"""Plans: which components go, in which order, and how the model scored after each removal.
+
+A plan is what a search produces (Algorithms 1 and 2) and what everything else consumes. On disk it is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from .components import Component
+from .errors import PlanError
+from .files import write_atomically
+
+JsonComponent = Annotated[
+    Component,
+    BeforeValidator(lambda value: Component.parse(value) if isinstance(value, str) else value),
+    PlainSerializer(str),
+]
+
+
+class Stage(BaseModel):
+    """One stage of a search: the kinds that compete with each other, and how many removals it makes.
+
+    kinds: a kind or a list of them ("&" in table 3; stages that follow each other are its "+");
+    steps: removals; group: MLP channels removed at a time, for the kind `mlp_channels` only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kinds: Annotated[tuple[str, ...], BeforeValidator(lambda kinds: (kinds,) if isinstance(kinds, str) else kinds)]
+    steps: int = Field(ge=0)
+    group: int = Field(default=1024, gt=0)
+
+    def __init__(self, kinds: str | Sequence[str], steps: int, group: int = 1024) -> None:
+        super().__init__(kinds=kinds, steps=steps, group=group)
+
+
+class Removal(BaseModel):
+    """One step of a plan.
+
+    component: what went; kept: channels left, for `mlp_channels` only; stage: number of its stage, from 0;
+    score: the metric after this removal (perplexity: lower is better); parameters: how many it takes from the model,
+    counted as the paper's ratios count them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    component: JsonComponent
+    kept: int | None = None
+    stage: int = 0
+    score: float | None = None
+    parameters: int = 0
+
+
+class Plan(BaseModel):
+    """The ordered removals for one model.
+
+    model: {ref, family, layers, parameters, fingerprint} of the dense model; calibration: {source, samples, tokens,
+    fingerprint, ...}; stages: the stages asked for; dense_score: the metric before any removal; provenance: how it was
+    made (method, metric, versions, layer runs, ties).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    removals: list[Removal] = []
+    dense_score: float | None = None
+    stages: list[Stage] = []
+    model: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.removals)
+
+    @property
+    def components(self) -> list[Component]:
+        """The removed components in order."""
+        return [removal.component for removal in self.removals]
+
+    @property
+    def scores(self) -> list[float | None]:
+        """The metric with 0, 1, 2, ... removals: what figure 4 draws."""
+        return [self.dense_score, *(removal.score for removal in self.removals)]
+
+    def first(self, n: int) -> Plan:
+        """The plan that stops after n removals. Raises PlanError if there are fewer."""
+        if not 0 <= n <= len(self.removals):
+            raise PlanError(f"the plan has {len(self.removals)} removals, {n} were asked for: search further")
+        return self.model_copy(update={"removals": self.removals[:n]})
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON to `path`, whole or not at all."""
+        write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote. Raises PlanError for a missing or malformed file."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"plan {path} cannot be read ({error.strerror}): check the path") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            detail = str(error).replace("\n", " ")[:200]
+            raise PlanError(f"plan {path} is not a plan of this package: {detail}") from error

@@ -1,0 +1,205 @@
+"""The recipe of the pocket models: five architectures, the same data in the same order, the same number of tokens.
+
+`python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face folder
+to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. Hidden matrices are trained
+with Muon, everything else with AdamW; only the learning rates differ between architectures.
+
+B batch, L tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from .. import kernels
+from ..errors import ModelError
+from .corpus import batch
+from .prose import POCKET
+from .tasks import TASKS, quick_accuracy
+
+SIZE = {"vocab_size": 4096, "hidden_size": 96, "num_hidden_layers": 24, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "layer_norm_epsilon": 1e-5}  # fmt: skip
+CONFIGS: dict[str, PretrainedConfig] = {
+    "pocket-mamba": MambaConfig(**SIZE, state_size=16),
+    "pocket-mamba2": Mamba2Config(**SIZE, state_size=64, num_heads=6, head_dim=32, n_groups=1, chunk_size=64),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Up to which share of the training a stage of the corpus lasts, and its batches (B, L)."""
+
+    stage: str
+    until: float
+    batch_size: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training, but the architecture. Learning rates: Muon's and AdamW's."""
+
+    steps: int = 5000
+    warmup: int = 100
+    decay: float = 0.3
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 20250429
+    log_every: int = 100
+    evaluate_every: int = 1000
+    phases: tuple[Phase, ...] = (
+        Phase("pairs", 0.16, 8, 128),
+        Phase("recall", 0.34, 8, 128),
+        Phase("stories", 0.65, 4, 256),
+        Phase("mix", 1.0, 4, 256),
+    )
+
+    def phase(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        return next(phase for phase in self.phases if step < phase.until * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step: up, level, and down to a twentieth over the last part."""
+        down = (self.steps - step) / (self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup, 0.05 + 0.95 * max(0.0, down))
+
+
+RECIPES = {name: Recipe() for name in CONFIGS}
+
+
+class Training:
+    """One training under way: model, optimizers, step and curve, all of which its checkpoint holds."""
+
+    def __init__(self, name: str, recipe: Recipe, checkpoint: Path) -> None:
+        self.name, self.recipe, self.checkpoint = name, recipe, checkpoint
+        self.tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer")
+        torch.manual_seed(recipe.seed)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name])
+        self.optimizers = optimizers(self.model, recipe)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        if checkpoint.exists():
+            self._resume()
+
+    def run(self) -> None:
+        """Train to the end: a line of progress every `log_every` steps, scores and a checkpoint every `evaluate_every`."""
+        running: list[float] = []
+        while self.step < self.recipe.steps:
+            started = time.perf_counter()
+            running.append(self._train_step())
+            self.seconds += time.perf_counter() - started
+            self.step += 1
+            evaluate = self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.steps
+            if evaluate or self.step % self.recipe.log_every == 0:
+                self._log(sum(running) / len(running), self._scores() if evaluate else {})
+                running.clear()
+            if evaluate:
+                self._save()
+
+    def _train_step(self) -> float:
+        recipe, phase = self.recipe, self.recipe.phase(self.step)
+        ids, weights = batch(phase.stage, recipe.seed, self.step, phase.batch_size, phase.length, self.tokenizer)
+        loss = weighted_loss(self.model(ids, use_cache=False).logits, ids, weights)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * recipe.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.tokens += ids.numel()
+        return loss.item()
+
+    def _scores(self) -> dict[str, float]:
+        """Accuracies on the first items of each task, without lm-eval."""
+        self.model.eval()
+        scores = {task: round(quick_accuracy(self.model, self.tokenizer, task, limit=60), 3) for task in TASKS}
+        self.model.train()
+        return scores
+
+    def _log(self, loss: float, scores: dict[str, float]) -> None:
+        point = {"step": self.step, "tokens": self.tokens, "hours": round(self.seconds / 3600, 4),
+                 "stage": self.recipe.phase(self.step - 1).stage, "loss": round(loss, 4), **scores}  # fmt: skip
+        self.curve.append(point)
+        print(json.dumps(point), file=sys.stderr, flush=True)
+
+    def _save(self) -> None:
+        state = {
+            "recipe": json.dumps(asdict(self.recipe)),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "curve": self.curve,
+        }  # fmt: skip
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["recipe"] != json.dumps(asdict(self.recipe)):
+            raise ModelError(f"checkpoint {self.checkpoint} is of another recipe: delete it, or restore that recipe")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.tokens, self.seconds, self.curve = (state[key] for key in ("step", "tokens", "seconds", "curve"))
+
+    def export(self, folder: Path) -> None:
+        """Write the model in bfloat16 with its tokenizer, recipe and curve."""
+        self.model.to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        history = {"name": self.name, "recipe": asdict(self.recipe), "tokens": self.tokens,
+                   "hours": round(self.seconds / 3600, 2), "threads": torch.get_num_threads(), "curve": self.curve}  # fmt: skip
+        (folder / "training.json").write_text(json.dumps(history, indent=1) + "\n")
+
+
+def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Mean next-token loss in nats of logits (B, L, V), each token of ids (B, L) counting by its weight (B, L)."""
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    counted = weights[:, 1:].flatten()
+    return (losses * counted).sum() / counted.sum()
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the projections' matrices, AdamW for embeddings, norms, convolutions and the scan's parameters."""
+    matrices, decayed, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "_proj." in name:
+            matrices.append(parameter)
+        else:
+            (decayed if "embed" in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=(0.9, 0.95))
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adam]
+
+
+def main(name: str) -> None:
+    """Train one pocket model and write it to `pocket/models/`. Raises ModelError for an unknown name."""
+    if name not in RECIPES:
+        raise ModelError(f"pocket model {name!r} is unknown: expected one of {', '.join(RECIPES)}")
+    kernels.install()
+    training = Training(name, RECIPES[name], POCKET.parent / "runs" / "training" / f"{name}.pt")
+    training.run()
+    training.export(POCKET / "models" / name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,174 @@
+"""Profiles: one YAML file says which models, data, tasks and studies a run is made of.
+
+The package ships `smoke` (tests) and `pocket` (the default); any path to a YAML file works as well. Every key is
+checked before anything starts, and an unknown one is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from .. import paper
+from ..components import KINDS
+from ..errors import ProfileError
+
+FOLDER = Path(__file__).parent
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_known_keys(cls, values: Any) -> Any:
+        """Refuse an unknown key with the known ones beside it, which pydantic's own message lacks."""
+        unknown = sorted(set(values) - set(cls.model_fields)) if isinstance(values, dict) else []
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}, expected one of {', '.join(cls.model_fields)}")
+        return values
+
+
+class RandomModel(_Settings):
+    """An untrained model, built on the spot; hidden_size is the model width D."""
+
+    family: str
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    seed: int
+
+
+class ProfileModel(_Settings):
+    """One model: what to load (`ref`) or to build (`random`), and the paper's model it stands for."""
+
+    family: str
+    paper: str
+    ref: str | None = None
+    random: RandomModel | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProfileModel":
+        if (self.ref is None) == (self.random is None):
+            raise ValueError("expected one of 'ref' and 'random'")
+        if self.paper not in paper.models():
+            raise ValueError(f"the paper has no model {self.paper!r}, expected one of {', '.join(paper.models())}")
+        return self
+
+
+class CalibrationSettings(_Settings):
+    """What `calibrate` is given: a data source, and how many sequences of how many tokens."""
+
+    source: str
+    samples: PositiveInt
+    sequence_length: PositiveInt
+    batch_size: PositiveInt
+    seed: int
+
+
+class Column(_Settings):
+    """A column of the paper's tables, and the lm-eval task and metric that fill it."""
+
+    column: str
+    task: str
+    metric: str
+
+
+class EvaluationSettings(_Settings):
+    """The tasks in the order of the paper's columns; limit is the number of items per task, None for all.
+
+    prose: held-out text whose perplexity is measured as well.
+    """
+
+    tasks: tuple[Column, ...]
+    prose: CalibrationSettings
+    limit: PositiveInt | None = None
+    batch_size: PositiveInt
+
+    @property
+    def task_names(self) -> list[str]:
+        """Each lm-eval task once, in order."""
+        return list(dict.fromkeys(column.task for column in self.tasks))
+
+    @property
+    def accuracies(self) -> list[str]:
+        """The columns that the paper's average is the mean of: all but the perplexity."""
+        return [column.column for column in self.tasks if column.metric != "perplexity"]
+
+
+class Study(_Settings):
+    """A pruning study: remove `steps` components of one kind, and evaluate after some of the removals.
+
+    evaluate: numbers of removals that get a row in the table; stands_for: the paper's numbers that each is compared
+    with, which is the same share of a deeper model.
+    """
+
+    kind: str
+    steps: PositiveInt
+    evaluate: tuple[NonNegativeInt, ...]
+    stands_for: tuple[NonNegativeInt, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Study":
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
+        if list(self.evaluate) != sorted(set(self.evaluate)) or max(self.evaluate, default=0) > self.steps:
+            raise ValueError(f"evaluate {list(self.evaluate)}: expected rising numbers up to steps, {self.steps}")
+        expected = len(self.evaluate)
+        if len(self.stands_for) != expected:
+            raise ValueError(f"stands_for {list(self.stands_for)}: expected {expected} numbers, as in evaluate")
+        return self
+
+
+class Profile(_Settings):
+    """All settings of a run; models and studies are by name."""
+
+    name: str
+    title: str
+    models: dict[str, ProfileModel]
+    calibration: CalibrationSettings
+    evaluation: EvaluationSettings
+    studies: dict[str, Study]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Profile":
+        for study in self.studies.values():
+            for name, model in self.models.items():
+                layers = model.random.layers if model.random else study.steps
+                if study.steps > layers:
+                    raise ValueError(f"{name} has {layers} layers, too few for {study.steps} removals of {study.kind}")
+        return self
+
+
+def names() -> list[str]:
+    """The profiles that ship with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load(name_or_path: str | Path) -> Profile:
+    """Read a profile by name, or from the path of a YAML file.
+
+    Raises ProfileError when it does not exist or does not fit, naming the key.
+    """
+    file = Path(name_or_path)
+    if file.suffix not in (".yaml", ".yml"):
+        file = FOLDER / f"{name_or_path}.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return Profile.model_validate(content)
+    except OSError as error:
+        raise ProfileError(
+            f"profile {name_or_path}: not found; expected one of {', '.join(names())} or the path of a YAML file"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ProfileError(f"profile {name_or_path}: is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise ProfileError(f"profile {name_or_path}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong with a profile: where, and what was expected."""
+    first = error.errors()[0]
+    place = ".".join(str(key) for key in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"in {place}: {message}" if place else message

@@ -1,0 +1,130 @@
+"""Provenance: on which machine, with which versions and code a number was made, and what it cost."""
+
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+PACKAGES = {"torch": "torch", "transformers": "transformers", "lm_eval": "lm_eval", "numba": "numba",
+            "shedder_utils": "mamba-shedder-companion"}
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Environment(_Facts):
+    """Versions, hardware and the scan that ran: what may move a number without being an input of it."""
+
+    python: str
+    torch: str | None
+    transformers: str | None
+    lm_eval: str | None
+    numba: str | None
+    shedder_utils: str | None
+    device: str
+    cpu: str
+    threads: int
+    scan: str
+
+
+class Code(_Facts):
+    """The commit of this package's code; dirty when it was changed since. Both None outside a checkout."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Cost(_Facts):
+    """Wall time in seconds, and the peak of the process's resident memory in MiB, with the model it holds."""
+
+    seconds: float
+    peak_mib: float
+
+
+def environment(scan: str | None = None, device: str = "cpu") -> Environment:
+    """Describe this machine and its versions.
+
+    scan: name of the scan that ran; None asks `shedder_utils.kernels`. device: name of the device that computed.
+    """
+    import torch
+
+    if scan is None:
+        from . import kernels
+
+        scan = kernels.active()
+    versions = {name: _version(package) for name, package in PACKAGES.items()}
+    return Environment(python=platform.python_version(), device=device, cpu=_cpu_name(), scan=scan,
+                       threads=torch.get_num_threads(), **versions)
+
+
+def code_version() -> Code:
+    """The checkout's commit, and whether the package's code differs from it; an installed copy has neither."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return Code(commit=None, dirty=None)
+    commit = _git("rev-parse", "HEAD")
+    return Code(commit=commit or None, dirty=bool(_git("status", "--porcelain", "--", ".")))
+
+
+class Meter:
+    """Context manager that measures what its body costs; `.cost` is there when the body ends."""
+
+    cost: Cost
+
+    def __enter__(self) -> "Meter":
+        _reset_peak()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.perf_counter() - self._started
+        self.cost = Cost(seconds=round(seconds, 3), peak_mib=round(_peak_mib(), 1))
+
+
+def _reset_peak() -> None:
+    """Start the kernel's high-water mark anew (Linux); elsewhere the mark is that of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mib() -> float:
+    if sys.platform == "linux":
+        return int(_proc_field("/proc/self/status", "VmHWM").removesuffix(" kB")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        return _proc_field("/proc/cpuinfo", "model name") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _proc_field(path: str, field: str) -> str:
+    """The first value of a field in one of Linux' "field: value" files; empty when it is not there."""
+    for line in Path(path).read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == field:
+            return value.strip()
+    return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the package's folder; None when git is missing or refuses."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()

@@ -1,0 +1,70 @@
+"""Removal: what can go from a model, and the model as if it were gone.
+
+`removed()` swaps modules for their pruned counterparts and puts the originals back. It is what the search scores and
+what `extract` must equal (sections 3.2 and 3.3 of the paper).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .components import Component
+from .errors import PlanError
+from .families import family_of
+
+
+def components(model: PreTrainedModel, kinds: str | Iterable[str] | None = None) -> list[Component]:
+    """What can be removed from a model, in depth order; `kinds` narrows it to one kind or several.
+
+    Raises PlanError for a kind that the model does not have.
+    """
+    family = family_of(model)
+    wanted = family.kinds if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    unknown = [kind for kind in wanted if kind not in family.kinds]
+    if unknown:
+        expected = ", ".join(family.kinds)
+        raise PlanError(f"a {model.config.model_type} model has no {unknown[0]!r} to remove: expected {expected}")
+    return [component for component in family.components(model) if component.kind in wanted]
+
+
+def check(model: PreTrainedModel, gone: Sequence[Component]) -> None:
+    """Refuse components that cannot go together from a model.
+
+    Raises PlanError for one that the model does not have, one removed twice, and an SSM in a removed block.
+    """
+    there = set(components(model))
+    for component, count in Counter(gone).items():
+        if component not in there:
+            n = sum(other.kind == component.kind for other in there)
+            raise PlanError(
+                f"{component} is not in this {model.config.model_type} model, which has {n} components of that kind: "
+                "was the plan made for another model?"
+            )
+        if count > 1:
+            raise PlanError(f"{component} is removed {count} times: remove it once")
+        if component.kind == "ssm" and Component("mamba_block", component.index) in gone:
+            raise PlanError(f"{component} lies in mamba_block:{component.index}, which is removed too: drop one of them")
+
+
+@contextmanager
+def removed(model: PreTrainedModel, gone: Iterable[Component]) -> Iterator[PreTrainedModel]:
+    """Inside, `model` computes as if the components were gone; afterwards it is bit for bit what it was.
+
+    The pruned counterparts share the model's parameters. Raises PlanError (see `check`) before anything changes.
+    """
+    gone = list(gone)
+    check(model, gone)
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for change in family_of(model).substitutions(model, gone):
+            originals.append((change.parent, change.name, getattr(change.parent, change.name)))
+            setattr(change.parent, change.name, change.replacement)
+        yield model
+    finally:
+        for parent, name, original in reversed(originals):
+            setattr(parent, name, original)

@@ -1,0 +1,167 @@
+"""Studies: what each notebook computes, as functions over a profile and a model. Every result is a record.
+
+A run that is recorded with the same inputs is not repeated; a search goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import profiles
+from .calibration import Calibration, calibrate
+from .components import Component
+from .errors import ProfileError
+from .evaluation import evaluate
+from .families import family_of, random_model
+from .importance import perplexity
+from .loading import fingerprint, load_model
+from .plan import Plan, Stage
+from .pocket.tasks import TASKS, tasks_fingerprint
+from .pocket.tokenizer import load_tokenizer
+from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
+from .removal import removed
+from .search import search
+
+DENSE, SEARCH = "dense", "search"
+
+
+class Workbench:
+    """One model of a profile with its data, and where its records go.
+
+    profile: a name or a path; model: a name in it; output: the folder of the records (`runs`); force: compute again what
+    is recorded. Raises ProfileError for a model that the profile does not have.
+    """
+
+    def __init__(self, profile: str | Path, model: str, output: str | Path = "runs", *, force: bool = False) -> None:
+        self.profile = profiles.load(profile)
+        if model not in self.profile.models:
+            raise ProfileError(f"profile {profile}: no model {model!r}, expected one of {', '.join(self.profile.models)}")
+        self.name, self.output, self.force = model, Path(output), force
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        settings = self.profile.models[self.name]
+        if settings.random is not None:
+            tokenizer = load_tokenizer()
+            return random_model(**settings.random.model_dump(), vocab_size=len(tokenizer)), tokenizer
+        model, tokenizer = load_model(settings.ref or self.name)
+        if tokenizer is None:
+            raise ProfileError(f"profile {self.profile.name}: model {self.name} has no tokenizer, studies need one")
+        return model, tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model, loaded when first asked for."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The calibration data of the profile."""
+        return calibrate(tokenizer=self.tokenizer, **self.profile.calibration.model_dump())
+
+    @cached_property
+    def prose(self) -> Calibration:
+        """The held-out prose of the profile."""
+        return calibrate(tokenizer=self.tokenizer, **self.profile.evaluation.prose.model_dump())
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def record(
+        self,
+        study: str,
+        setting: str,
+        spec: dict[str, Any],
+        data: dict[str, DataFacts],
+        gone: Sequence[Component],
+        compute: Callable[[Request], Outcome],
+    ) -> Record:
+        """The record of one run on this model less `gone`: the one on disk if its inputs are the same."""
+        settings, family = self.profile.models[self.name], family_of(self.model)
+        total = self.model.num_parameters()
+        dead = sum(family.dead_parameters(self.model, component) for component in gone)
+        model = ModelFacts(
+            name=self.name, ref=settings.ref or f"random:{self.name}", dtype=str(self.model.dtype).removeprefix("torch."),
+            fingerprint=self._fingerprint, parameters_dense=total, parameters=total - dead, removals=tuple(map(str, gone)),
+        )  # fmt: skip
+        request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
+        return recorded(self.output, request, lambda: compute(request), force=self.force)[0]
+
+
+def dense(bench: Workbench) -> Record:
+    """The scores of the model as it is: row 0 of every table."""
+    return _scores(bench, DENSE, "scores", [])
+
+
+def pruning(bench: Workbench, study: str) -> dict[int, Record]:
+    """A study of the profile: search for the removals, then score the model after some of them.
+
+    study: such as "block_pruning" (table 1) or "ssm_pruning" (table 2). Returns the scores' records by number of
+    removals; the dense model's is the one at 0. Raises ProfileError for a study that the profile does not have.
+    """
+    plan = removal_order(bench, study)
+    counts = bench.profile.studies[study].evaluate
+    return {n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).components) if n else dense(bench) for n in counts}
+
+
+def removal_order(bench: Workbench, study: str) -> Plan:
+    """The plan of a study's search, with the calibration perplexity after each removal (figure 4)."""
+    if study not in bench.profile.studies:
+        known = ", ".join(bench.profile.studies)
+        raise ProfileError(f"profile {bench.profile.name}: no study {study!r}, expected one of {known}")
+    settings = bench.profile.studies[study]
+    spec = {"kind": settings.kind, "steps": settings.steps, "calibration": bench.profile.calibration.model_dump()}
+    data = {"calibration": _facts(bench.calibration)}
+
+    def compute(request: Request) -> Outcome:
+        checkpoint = bench.output / bench.profile.name / study / bench.name / f"search-{request.inputs_fingerprint()[:12]}.part"
+        if bench.force:
+            checkpoint.unlink(missing_ok=True)
+        plan = search(bench.model, bench.calibration, Stage(settings.kind, settings.steps), checkpoint=checkpoint)
+        checkpoint.unlink()
+        return Outcome(
+            metrics={"calibration/perplexity": Metric(value=plan.dense_score, n=bench.calibration.sequences)},
+            plan=plan.model_dump(mode="json"),
+        )
+
+    return Plan.model_validate(bench.record(study, SEARCH, spec, data, [], compute).plan)
+
+
+def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Component]) -> Record:
+    """The record of lm-eval's scores and the prose perplexity of the model less some components."""
+    settings = bench.profile.evaluation
+    pocket = tuple(task for task in settings.task_names if task in TASKS)
+    data = {
+        "prose": _facts(bench.prose),
+        "tasks": DataFacts(name=", ".join(settings.task_names), fingerprint=tasks_fingerprint(pocket)),
+    }
+    spec = {"tasks": settings.task_names, "limit": settings.limit, "prose": settings.prose.model_dump()}
+
+    def compute(_: Request) -> Outcome:
+        with removed(bench.model, gone):
+            scores = evaluate(
+                bench.model, bench.tokenizer, settings.task_names, limit=settings.limit, batch_size=settings.batch_size
+            )
+            prose = perplexity(bench.model, bench.prose)
+        metrics = {
+            f"{task}/{metric}": Metric(value=score.value, stderr=score.stderr, n=score.n)
+            for (task, metric), score in scores.items()
+        }
+        return Outcome(metrics={**metrics, "prose/perplexity": Metric(value=prose, n=bench.prose.sequences)})
+
+    return bench.record(study, setting, spec, data, gone, compute)
+
+
+def _facts(data: Calibration) -> DataFacts:
+    return DataFacts(name=data.source["name"], fingerprint=data.fingerprint)

@@ -1,0 +1,133 @@
+"""The sweep: the scores of all candidates of a step from one walk through the layers.
+
+Candidates that differ at layer i share everything before it. So one walk carries the unpruned stream and every
+variant born so far, stacked in the batch, runs each layer once on the stack, and lets each candidate of that layer join
+as a new variant: about half the layer runs of one full pass for each candidate, and large batches. After a removal at
+layer r, all that was computed before r still holds; stacks kept within a memory budget are where the next walk starts.
+
+The scores equal those of full passes to rounding; `search` settles ties within rounding by full passes.
+
+B batch, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .calibration import Calibration
+from .components import Component
+from .families import Stream, family_of
+from .importance import sequence_losses, to_perplexity
+from .removal import removed
+
+
+@dataclass
+class Stack:
+    """The streams of several variants before one layer, for one calibration batch.
+
+    owners: whose B rows follow each other in the stream; the first is None, the model without any candidate removed.
+    """
+
+    owners: list[Component | None]
+    stream: Stream
+    rows: int
+
+    def of(self, position: int) -> Stream:
+        """The B rows of one owner."""
+        begin = position * self.rows
+        return {name: tensor[begin : begin + self.rows] for name, tensor in self.stream.items()}
+
+    def only(self, candidates: set[Component]) -> Stack:
+        """The stack without the variants that are not candidates any more."""
+        keep = [i for i, owner in enumerate(self.owners) if owner is None or owner in candidates]
+        if len(keep) == len(self.owners):
+            return self
+        return Stack([self.owners[i] for i in keep], _stacked([self.of(i) for i in keep]), self.rows)
+
+
+class Sweep:
+    """Scores candidates by sweeping; remembers what stays valid from step to step.
+
+    memory_gib: what the kept stacks may take. layer_runs: layers evaluated so far, in layers times sequences.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, memory_gib: float) -> None:
+        self.model = model
+        self.calibration = calibration
+        self.family = family_of(model)
+        self.memory_gib = memory_gib
+        self.layer_runs = 0
+        self.kept: list[dict[int, Stack]] = [{} for _ in calibration.batches]
+
+    def scores(self, gone: Sequence[Component], candidates: Sequence[Component], progress: tqdm) -> list[float]:
+        """The perplexity without each candidate, for a model without `gone`."""
+        at = defaultdict(list)
+        for candidate in candidates:
+            at[self.family.layer_of(self.model, candidate)].append(candidate)
+        losses: dict[Component, list[Tensor]] = {candidate: [] for candidate in candidates}
+        with removed(self.model, gone):
+            for number, batch in enumerate(self.calibration.batches):
+                for owner, loss in self._walk(number, batch.to(self.model.device), at):
+                    losses[owner].append(loss)
+                progress.update()
+        return [to_perplexity(losses[candidate]) for candidate in candidates]
+
+    def forget(self, removal: Component, candidates: Sequence[Component]) -> None:
+        """Drop what a removal made invalid: the stacks after its layer, and variants that are no candidates now."""
+        layer = self.family.layer_of(self.model, removal)
+        for stacks in self.kept:
+            for index in [index for index in stacks if index > layer]:
+                del stacks[index]
+            for index in stacks:
+                stacks[index] = stacks[index].only(set(candidates))
+
+    def _walk(self, number: int, ids: Tensor, at: dict[int, list[Component]]) -> list[tuple[Component, Tensor]]:
+        """The losses (B,) of every candidate's variant on one batch."""
+        layers = self.family.layers(self.model)
+        begin = max(self.kept[number], default=0)
+        stack = self.kept[number].get(begin) or Stack([None], self.family.start(self.model, ids), len(ids))
+        stride = self._stride(stack.stream["hidden"][:1], len(layers))
+        for index in range(begin, len(layers)):
+            if index % stride == 0 and index:
+                self.kept[number][index] = stack
+            born = [self._variant(candidate, stack.of(0)) for candidate in at[index]]
+            stack = Stack([*stack.owners, *at[index]], _stacked([self._step(index, stack.stream), *born]), stack.rows)
+        return [
+            (owner, sequence_losses(self.family.finish(self.model, stack.of(position)), ids).cpu())
+            for position, owner in enumerate(stack.owners)
+            if owner is not None
+        ]
+
+    def _variant(self, candidate: Component, stream: Stream) -> Stream:
+        """The stream after a candidate's layer, without the candidate."""
+        with removed(self.model, [candidate]):
+            return self._step(self.family.layer_of(self.model, candidate), stream)
+
+    def _step(self, index: int, stream: Stream) -> Stream:
+        layer = self.family.layers(self.model)[index]
+        self.layer_runs += layer_cost(layer) * len(stream["hidden"])
+        return self.family.step(self.model, layer, stream)
+
+    def _stride(self, row: Tensor, n_layers: int) -> int:
+        """Every how many layers a stack is kept, so that all of them fit the budget (one variant born per layer)."""
+        everything = row.nbytes * self.calibration.sequences * n_layers * (n_layers + 1) / 2
+        return max(1, math.ceil(everything / (self.memory_gib * 2**30)))
+
+
+def layer_cost(layer: torch.nn.Module) -> int:
+    """1 for a layer that computes something, 0 for one that is skipped: what a layer run counts."""
+    return int(any(True for _ in layer.parameters()))
+
+
+def _stacked(streams: list[Stream]) -> Stream:
+    if len(streams) == 1:
+        return streams[0]
+    return {name: torch.cat([stream[name] for stream in streams]) for name in streams[0]}

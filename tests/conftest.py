@@ -1,0 +1,47 @@
+"""Shared fixtures: small random models of every covered architecture, and a little calibration data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from shedder_utils import Calibration, kernels
+
+SIZE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+CONFIGS = {
+    "mamba": MambaConfig(**SIZE, state_size=8),
+    "falcon_mamba": FalconMambaConfig(**SIZE, state_size=8),
+    "mamba2": Mamba2Config(**SIZE, state_size=16, num_heads=4, head_dim=16, n_groups=2),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models are faster on one thread, and other work on the machine disturbs them less."""
+    torch.set_num_threads(1)
+
+
+def random_model(family: str) -> PreTrainedModel:
+    """A random model whose every tensor matters: biases, norms and D are random too, not zeros and ones."""
+    kernels.install()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A random model of each architecture in turn."""
+    return random_model(request.param)
+
+
+@pytest.fixture
+def calibration() -> Calibration:
+    """Seven random sequences of 24 tokens, in batches of three, three and one."""
+    ids = torch.randint(0, 97, (7, 24), generator=torch.Generator().manual_seed(1))
+    return Calibration(list(ids.split(3)))

@@ -1,0 +1,72 @@
+"""What the project says about versions agrees everywhere, and the lock is complete."""
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+CUDA = ("cuda-", "nvidia-", "triton")      # come with some builds of torch, in versions that it fixes itself
+
+
+def locked() -> list[tuple[str, str]]:
+    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+    pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)", line) for line in lines if not line.startswith("#")]
+    assert all(pins), "every line of the lock is one exact version, without a local label"
+    return [(canonicalize_name(pin[1]), pin[2]) for pin in pins if pin]
+
+
+LOCK = dict(locked())
+
+
+def test_lock_names_each_package_once():
+    assert len(LOCK) == len(locked())
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_lock_and_conda_satisfy_the_project(requirement):
+    conda = {canonicalize_name(pin.name): pin for pin in map(Requirement, CONDA["dependencies"][-1]["pip"])}
+    version = LOCK[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version)
+    assert conda[canonicalize_name(requirement.name)].specifier == SpecifierSet(f"=={version}")
+
+
+@pytest.mark.parametrize("package", sorted(LOCK))
+def test_lock_has_what_each_package_needs(package):
+    try:
+        needs = [Requirement(line) for line in requires(package) or []]
+    except PackageNotFoundError:
+        pytest.skip("not for this platform")
+    for need in needs:
+        name = canonicalize_name(need.name)
+        if (need.marker is None or need.marker.evaluate({"extra": ""})) and not name.startswith(CUDA):
+            assert need.specifier.contains(LOCK[name], prereleases=True), f"{package} needs {need}"
+
+
+def test_python_versions_agree():
+    python = next(line for line in CONDA["dependencies"] if str(line).startswith("python="))
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert supported.contains(python.removeprefix("python="))
+    assert [minor for minor in range(8, 20) if supported.contains(f"3.{minor}")] == [11, 12, 13]
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in (ROOT / "Makefile").read_text()
+
+
+def test_citation_names_this_version_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_every_make_target_is_explained():
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
+    assert re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE) == phony

@@ -1,0 +1,101 @@
+"""Profiles: what ships is consistent with the paper, and mistakes are refused by name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shedder_utils import paper, profiles
+from shedder_utils.errors import ProfileError
+
+STUDY_TABLES = {"block_pruning": 1, "ssm_pruning": 2}
+
+
+@pytest.fixture
+def content() -> dict:
+    return yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_shipped_profile_fits_the_paper(name):
+    profile = profiles.load(name)
+    assert profile.name == name
+    assert [column.column for column in profile.evaluation.tasks] == paper.columns()[:-1]
+    metrics = {column.column: column.metric for column in profile.evaluation.tasks}
+    assert metrics == {"ppl": "perplexity", **paper.column_metrics()}
+    assert profile.evaluation.accuracies == list(paper.column_metrics())
+    for study, settings in profile.studies.items():
+        for model in profile.models.values():
+            for pruned in settings.stands_for:
+                row = paper.reported(STUDY_TABLES[study], model=model.paper, pruned=pruned, kind=settings.kind)
+                assert row["average"] > 40
+
+
+def test_pocket_removes_the_papers_shares():
+    profile = profiles.load("pocket")
+    for study in profile.studies.values():
+        for ours, theirs in zip(study.evaluate, study.stands_for, strict=True):
+            assert abs(ours / 24 - theirs / 64) <= 0.5 / 24
+
+
+def test_smoke_needs_no_weights_on_disk():
+    assert all(model.random and not model.ref for model in profiles.load("smoke").models.values())
+
+
+def test_tasks_are_listed_once():
+    assert profiles.load("pocket").evaluation.task_names[:2] == ["pocket_lambada", "pocket_hellaswag"]
+    assert len(profiles.load("pocket").evaluation.task_names) == 7
+
+
+def test_profile_is_read_from_a_path(tmp_path: Path, content: dict):
+    content["name"] = "mine"
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert profiles.load(file).name == "mine"
+
+
+def edited(content: dict, place: str, value: object) -> dict:
+    *parents, key = place.split(".")
+    target = content
+    for parent in parents:
+        target = target[parent]
+    target[key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("calibration.sampels", 4, "calibration: unknown key 'sampels', expected one of source, samples"),
+        ("title_", "x", "unknown key 'title_'"),
+        ("models.smoke-mamba.random.width", 4, "models.smoke-mamba.random: unknown key 'width'"),
+        ("models.smoke-mamba.ref", "x", "expected one of 'ref' and 'random'"),
+        ("models.smoke-mamba.paper", "mamba-3b", "no model 'mamba-3b'"),
+        ("calibration.samples", 0, "calibration.samples"),
+        ("studies.ssm_pruning.evaluate", [0, 1, 3], "up to steps, 2"),
+        ("studies.ssm_pruning.evaluate", [0, 2, 1], "rising"),
+        ("studies.ssm_pruning.stands_for", [0, 16], "stands_for"),
+        ("studies.ssm_pruning.kind", "ssms", "kind 'ssms' is unknown"),
+        ("studies.ssm_pruning.steps", 7, "too few for 7"),
+    ],
+)
+def test_mistake_is_named_in_one_line(tmp_path: Path, content: dict, place: str, value: object, message: str):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(edited(content, place, value)))
+    with pytest.raises(ProfileError) as error:
+        profiles.load(file)
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_profile_names_the_known_ones():
+    with pytest.raises(ProfileError, match="pocket, smoke"):
+        profiles.load("packet")
+
+
+def test_text_that_is_not_yaml_is_refused(tmp_path: Path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("models: [")
+    with pytest.raises(ProfileError, match="is not YAML"):
+        profiles.load(file)

@@ -1,0 +1,152 @@
+"""The search: Algorithm 1 by hand, fast against plain, resumption, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import PreTrainedModel
+
+import shedder_utils.search as search_module
+from shedder_utils import Calibration, Component, Plan, PlanError, Stage, perplexity, removed, search
+
+
+def without_cost(plan: Plan) -> dict:
+    """A plan's content but for how it was found."""
+    return plan.model_dump(exclude={"provenance"})
+
+
+def test_perplexity_is_exp_of_the_mean_of_sequence_means(model: PreTrainedModel, calibration: Calibration) -> None:
+    losses = []
+    for batch in calibration.batches:
+        for ids in batch:
+            log_probs = model(ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+            losses.append(-log_probs[:-1].gather(1, ids[1:, None]).mean().item())
+    assert perplexity(model, calibration) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_plain_is_the_greedy_choice_at_every_step(model: PreTrainedModel, calibration: Calibration) -> None:
+    plan = search(model, calibration, Stage("mamba_block", 3), method="plain", progress=False)
+    gone: list[Component] = []
+    for removal in plan.removals:
+        scores = {}
+        for candidate in (Component("mamba_block", i) for i in range(6)):
+            if candidate not in gone:
+                with removed(model, [*gone, candidate]):
+                    scores[candidate] = perplexity(model, calibration)
+        assert removal.component == min(scores, key=scores.__getitem__)
+        assert removal.score == scores[removal.component]
+        gone.append(removal.component)
+    assert plan.dense_score == perplexity(model, calibration)
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 2e-5, 1e-12], ids=["all kept", "some kept", "none kept"])
+@pytest.mark.parametrize(
+    "stages",
+    [[Stage("mamba_block", 5)], [Stage("ssm", 6)], [Stage("mamba_block", 2), Stage("ssm", 3)], [Stage(("mamba_block", "ssm"), 4)]],
+    ids=["blocks", "ssms", "blocks + ssms", "blocks & ssms"],
+)
+def test_fast_finds_the_plan_of_plain(
+    model: PreTrainedModel, calibration: Calibration, stages: list[Stage], memory_gib: float
+) -> None:
+    plain = search(model, calibration, stages, method="plain", progress=False)
+    fast = search(model, calibration, stages, method="fast", progress=False, memory_gib=memory_gib)
+    assert without_cost(fast) == without_cost(plain)
+    assert fast.provenance["layer_runs"] < plain.provenance["layer_runs"]
+
+
+def test_sweep_scores_equal_full_passes(model: PreTrainedModel, calibration: Calibration) -> None:
+    gone = [Component("mamba_block", 2), Component("ssm", 4)]
+    candidates = [Component(kind, i) for i in (0, 1, 3, 5) for kind in ("mamba_block", "ssm")]
+    with torch.no_grad():
+        sweep = search_module.Sweep(model, calibration, 1.0)
+        scores = sweep.scores(gone, candidates, search_module.tqdm(disable=True))
+    for candidate, score in zip(candidates, scores, strict=True):
+        with removed(model, [*gone, candidate]):
+            assert score == pytest.approx(perplexity(model, calibration), rel=1e-5)
+
+
+def test_a_tie_goes_to_the_lowest_index(calibration: Calibration) -> None:
+    model = random_model("mamba")
+    with torch.no_grad():
+        for index in (4, 1):  # blocks that add nothing: removing either changes nothing
+            model.backbone.layers[index].mixer.out_proj.weight.zero_()
+    for method in ("plain", "fast"):
+        plan = search(model, calibration, Stage("mamba_block", 2), method=method, progress=False)
+        assert [removal.component.index for removal in plan.removals] == [1, 4]
+        assert plan.removals[0].score == plan.dense_score
+
+
+def test_a_killed_search_goes_on(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [Stage("mamba_block", 2), Stage("ssm", 2)]
+    whole = search(random_model("mamba2"), calibration, stages, progress=False)
+    for steps in range(4):
+        checkpoint = tmp_path / f"{steps}.json"
+        advance = search_module._Search.advance
+
+        def interrupted(run: search_module._Search, stage: int, steps: int = steps) -> None:
+            if len(run.plan) == steps:
+                raise KeyboardInterrupt
+            advance(run, stage)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(search_module._Search, "advance", interrupted)
+            search(random_model("mamba2"), calibration, stages, checkpoint=checkpoint, progress=False)
+        assert len(Plan.load(checkpoint)) == steps
+        resumed = search(random_model("mamba2"), calibration, stages, checkpoint=checkpoint, progress=False)
+        assert without_cost(resumed) == without_cost(whole)
+        assert without_cost(Plan.load(checkpoint)) == without_cost(whole)
+
+
+@pytest.mark.parametrize("change", ["model", "calibration", "stages"])
+def test_a_checkpoint_of_another_search_is_refused(calibration: Calibration, tmp_path: Path, change: str) -> None:
+    checkpoint = tmp_path / "plan.json"
+    search(random_model("mamba"), calibration, Stage("ssm", 1), checkpoint=checkpoint, progress=False)
+    before = checkpoint.read_bytes()
+    model, stages = random_model("mamba2" if change == "model" else "mamba"), Stage("ssm", 2 if change == "stages" else 1)
+    if change == "calibration":
+        calibration = Calibration(calibration.batches[:1])
+    with pytest.raises(PlanError, match=f"of another search: {change} is"):
+        search(model, calibration, stages, checkpoint=checkpoint, progress=False)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stages", "options", "complaint"),
+    [
+        ([Stage("mamba_block", 7)], {}, "7 removals of mamba_block were asked for, the model has 6"),
+        ([Stage("mha", 1)], {}, "has no 'mha' to remove"),
+        ([Stage("ssm", 1)], {"method": "quick"}, "method 'quick' is unknown"),
+        ([Stage("ssm", 1)], {"metric": "loss"}, "metric 'loss' is unknown"),
+        ([Stage("mamba_block", 6), Stage("ssm", 1)], {}, "nothing is left to remove of ssm"),
+    ],
+)
+def test_impossible_searches_are_refused(
+    calibration: Calibration, stages: list[Stage], options: dict[str, str], complaint: str
+) -> None:
+    with pytest.raises(PlanError, match=complaint):
+        search(random_model("mamba"), calibration, stages, progress=False, **options)
+
+
+def test_a_plan_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
+    plan = search(random_model("mamba"), calibration, Stage("mamba_block", 2), progress=False)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.first(1).components == plan.components[:1]
+    assert json.loads((tmp_path / "plan.json").read_text())["removals"][0]["component"] == str(plan.components[0])
+    with pytest.raises(PlanError, match="3 were asked for"):
+        plan.first(3)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"removals": [{"component": "ssm"}]}', '{"unknown": 1}'])
+def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(content)
+    with pytest.raises(PlanError, match="plan.json"):
+        Plan.load(file)
