@@ -6,6 +6,7 @@ from .components import Component
 from .errors import DataError, ModelError, PlanError, ProfileError, RecordError, ShedderError
 from .evaluation import Scores, evaluate
 from .importance import perplexity
+from .inventory import describe
 from .loading import load_model
 from .plan import Plan, Removal, Stage
 from .removal import components, removed
@@ -13,6 +14,6 @@ from .search import search
 
 __all__ = [
     "Calibration", "Component", "DataError", "ModelError", "Plan", "PlanError", "ProfileError", "RecordError", "Removal",
-    "Scores", "ShedderError", "Stage", "calibrate", "components", "evaluate", "kernels", "load_model", "perplexity",
+    "Scores", "ShedderError", "Stage", "calibrate", "components", "describe", "evaluate", "kernels", "load_model", "perplexity",
     "removed", "search",
 ]  # fmt: skip

@@ -99,6 +99,12 @@ class Workbench:
         return recorded(self.output, request, lambda: compute(request), force=self.force)[0]
 
 
+def workbenches(profile: str | Path, models: str = "", output: str | Path = "runs") -> dict[str, Workbench]:
+    """A workbench for each model of a profile, or for those named in `models`, separated by commas."""
+    names = [name.strip() for name in models.split(",") if name.strip()] or list(profiles.load(profile).models)
+    return {name: Workbench(profile, name, output) for name in names}
+
+
 def dense(bench: Workbench) -> Record:
     """The scores of the model as it is: row 0 of every table."""
     return _scores(bench, DENSE, "scores", [])

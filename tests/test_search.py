@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,12 @@ def test_plain_is_the_greedy_choice_at_every_step(model: PreTrainedModel, calibr
 @pytest.mark.parametrize("memory_gib", [1.0, 2e-5, 1e-12], ids=["all kept", "some kept", "none kept"])
 @pytest.mark.parametrize(
     "stages",
-    [[Stage("mamba_block", 5)], [Stage("ssm", 6)], [Stage("mamba_block", 2), Stage("ssm", 3)], [Stage(("mamba_block", "ssm"), 4)]],
+    [
+        [Stage("mamba_block", 4)],
+        [Stage("ssm", 6)],
+        [Stage("mamba_block", 2), Stage("ssm", 3)],
+        [Stage(("mamba_block", "ssm"), 4)],
+    ],
     ids=["blocks", "ssms", "blocks + ssms", "blocks & ssms"],
 )
 def test_fast_finds_the_plan_of_plain(
@@ -81,27 +89,55 @@ def test_a_tie_goes_to_the_lowest_index(calibration: Calibration) -> None:
         assert plan.removals[0].score == plan.dense_score
 
 
-def test_a_killed_search_goes_on(
-    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+STAGES = [Stage("mamba_block", 2), Stage("ssm", 2)]
+KILLED = """
+import os, signal
+from conftest import random_model
+from shedder_utils import Calibration, Plan, Stage, search
+import torch
+save = Plan.save
+def save_and_die(plan, path):
+    save(plan, path)
+    if len(plan) == {steps}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Plan.save = save_and_die
+torch.set_num_threads(1)
+ids = torch.randint(0, 97, (7, 24), generator=torch.Generator().manual_seed(1))
+stages = [Stage("mamba_block", 2), Stage("ssm", 2)]
+search(random_model("mamba2"), Calibration(list(ids.split(3))), stages, checkpoint={checkpoint!r}, progress=False)
+"""
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_an_interrupted_search_goes_on(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    stages = [Stage("mamba_block", 2), Stage("ssm", 2)]
-    whole = search(random_model("mamba2"), calibration, stages, progress=False)
-    for steps in range(4):
-        checkpoint = tmp_path / f"{steps}.json"
-        advance = search_module._Search.advance
+    whole = search(random_model("mamba2"), calibration, STAGES, progress=False)
+    advance = search_module._Search.advance
 
-        def interrupted(run: search_module._Search, stage: int, steps: int = steps) -> None:
-            if len(run.plan) == steps:
-                raise KeyboardInterrupt
-            advance(run, stage)
+    def interrupted(run: search_module._Search, stage: int) -> None:
+        if len(run.plan) == steps:
+            raise KeyboardInterrupt
+        advance(run, stage)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(search_module._Search, "advance", interrupted)
-            search(random_model("mamba2"), calibration, stages, checkpoint=checkpoint, progress=False)
-        assert len(Plan.load(checkpoint)) == steps
-        resumed = search(random_model("mamba2"), calibration, stages, checkpoint=checkpoint, progress=False)
-        assert without_cost(resumed) == without_cost(whole)
-        assert without_cost(Plan.load(checkpoint)) == without_cost(whole)
+    settings = {"checkpoint": tmp_path / "plan.json", "progress": False}
+    monkeypatch.setattr(search_module._Search, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(random_model("mamba2"), calibration, STAGES, **settings)
+    monkeypatch.undo()
+    assert len(Plan.load(settings["checkpoint"])) == steps
+    resumed = search(random_model("mamba2"), calibration, STAGES, **settings)
+    assert without_cost(resumed) == without_cost(Plan.load(settings["checkpoint"])) == without_cost(whole)
+
+
+def test_a_killed_search_goes_on(calibration: Calibration, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "plan.json"
+    script = KILLED.format(steps=3, checkpoint=str(checkpoint))
+    child = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert len(Plan.load(checkpoint)) == 3
+    resumed = search(random_model("mamba2"), calibration, STAGES, checkpoint=checkpoint, progress=False)
+    assert without_cost(resumed) == without_cost(search(random_model("mamba2"), calibration, STAGES, progress=False))
 
 
 @pytest.mark.parametrize("change", ["model", "calibration", "stages"])
@@ -109,7 +145,8 @@ def test_a_checkpoint_of_another_search_is_refused(calibration: Calibration, tmp
     checkpoint = tmp_path / "plan.json"
     search(random_model("mamba"), calibration, Stage("ssm", 1), checkpoint=checkpoint, progress=False)
     before = checkpoint.read_bytes()
-    model, stages = random_model("mamba2" if change == "model" else "mamba"), Stage("ssm", 2 if change == "stages" else 1)
+    model = random_model("mamba2" if change == "model" else "mamba")
+    stages = Stage("ssm", 2 if change == "stages" else 1)
     if change == "calibration":
         calibration = Calibration(calibration.batches[:1])
     with pytest.raises(PlanError, match=f"of another search: {change} is"):
@@ -148,5 +185,5 @@ def test_a_plan_survives_its_file(calibration: Calibration, tmp_path: Path) -> N
 def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "plan.json"
     file.write_text(content)
-    with pytest.raises(PlanError, match="plan.json"):
+    with pytest.raises(PlanError, match="is not a plan of this package"):
         Plan.load(file)

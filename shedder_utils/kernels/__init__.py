@@ -1,7 +1,7 @@
 """CPU scans for Mamba-1 and Mamba-2: fast, differentiable, without a compiler at the user's site."""
 
 from .conv import causal_conv
-from .install import active, install, installed, uninstall
+from .patching import active, install, installed, uninstall
 from .selective_scan import selective_scan
 from .ssd import ssd
 

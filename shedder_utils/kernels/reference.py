@@ -23,7 +23,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1's recurrence; arguments and results as in `kernels.selective_scan`, in the inputs' dtype."""
     delta = dt if dt_bias is None else dt + dt_bias
-    delta = F.softplus(delta, threshold=1e9) if softplus else delta
+    delta = F.softplus(delta) if softplus else delta
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
     outputs = []
     for t in range(u.shape[1]):
@@ -50,7 +50,7 @@ def ssd(
     """Mamba-2's recurrence; arguments and results as in `kernels.ssd`, in the inputs' dtype."""
     batch, L, H, P = x.shape
     delta = dt if dt_bias is None else dt + dt_bias
-    delta = F.softplus(delta, threshold=1e9) if softplus else delta
+    delta = F.softplus(delta) if softplus else delta
     delta = delta.clamp(*dt_limit)
     B, C = (matrix.repeat_interleave(H // matrix.shape[2], dim=2) for matrix in (B, C))  # (B, L, H, N)
     h = x.new_zeros(batch, H, P, B.shape[-1]) if initial_state is None else initial_state

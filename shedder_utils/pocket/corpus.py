@@ -1,8 +1,8 @@
 """What the pocket models are trained on, as a pure function of stage, seed and step.
 
-Four stages: "pairs" (facts of one relation, each asked three times), "recall" (facts of several kinds, then three
-questions for each), "stories" (micro-stories in the tasks' formats, a third still recall) and "mix" (stories and recall
-55 %, instructions 20 %, real prose 25 %). Each sequence comes from one source: documents, each after an <|endoftext|>,
+Three stages: "recall" (dense documents, from lists of word pairs to facts of several kinds with three questions each),
+"stories" (micro-stories in the tasks' formats, and recall still) and "mix" (stories and recall 55 %, instructions 20 %,
+real prose 25 %). Each sequence comes from one source: documents, each after an <|endoftext|>,
 cut at the sequence's end, or a stretch of prose.
 Letters: B batch, L tokens.
 """
@@ -20,7 +20,7 @@ import torch
 from shedder_utils.pocket.instructions import instruction_document
 from shedder_utils.pocket.items import story_document
 from shedder_utils.pocket.prose import prose_texts
-from shedder_utils.pocket.recall import pairs_document, recall_document
+from shedder_utils.pocket.recall import first_list_document, list_document, pairs_document, recall_document
 from shedder_utils.pocket.stories import Document
 from shedder_utils.pocket.tokenizer import END
 
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 # Share of the sequences that come from each source.
 STAGES = {
-    "pairs": {"pairs": 1.0},
-    "recall": {"recall": 1.0},
-    "stories": {"recall": 0.33, "stories": 0.67},
-    "mix": {"recall": 0.18, "stories": 0.37, "instructions": 0.20, "prose": 0.25},
+    "recall": {"first": 0.25, "lists": 0.25, "pairs": 0.25, "recall": 0.25},
+    "stories": {"lists": 0.05, "pairs": 0.1, "recall": 0.25, "stories": 0.6},
+    "mix": {"recall": 0.15, "stories": 0.4, "instructions": 0.2, "prose": 0.25},
 }
 SOURCES: dict[str, Callable[[random.Random], Document]] = {
+    "first": first_list_document,
+    "lists": list_document,
     "pairs": pairs_document,
     "recall": recall_document,
     "stories": story_document,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 
 from shedder_utils.pocket.stories import Document, Query, Writer, facts, queries, training_scene
-from shedder_utils.pocket.world import KINDS, PURPOSES
+from shedder_utils.pocket.world import COLOURS, KINDS, PEOPLE, PLACES, PURPOSES
 
 
 def ask(writer: Writer, rng: random.Random, query: Query) -> None:
@@ -30,6 +30,7 @@ _ANSWERABLE = {
     ("thing",): {"thing", "who_thing", "knowledge", "purpose"},
     ("attribute", "thing"): None,
 }
+_CLASSES = (PEOPLE, PLACES, COLOURS, *(kind.words for kind in KINDS.values()))
 _PAIRS = (("attribute", "place"), ("attribute", "who_place"), ("thing", "thing"), ("thing", "who_thing"))
 
 
@@ -44,8 +45,34 @@ def _facts_and_queries(rng: random.Random) -> tuple[list[str], list[Query]]:
     return facts(rng, scene, relations), found
 
 
+def first_list_document(rng: random.Random) -> Document:
+    """Two to four pairs of eight people and eight places: few words, so that recall is learned before their meanings."""
+    return _list(rng, PEOPLE[::4], PLACES[::3], rng.randint(2, 4))
+
+
+def list_document(rng: random.Random) -> Document:
+    """Two to six pairs of words of any two classes, again and again in a new order.
+
+    List: Nora brush. Ben hammer. Ben hammer. Nora brush. Ben hammer. ...
+    """
+    keys, values = rng.sample(_CLASSES, 2)
+    n_words = rng.choice((8, 32))
+    return _list(rng, keys[:n_words], values[:n_words], rng.randint(2, 6))
+
+
+def _list(rng: random.Random, keys: tuple[str, ...], values: tuple[str, ...], n_pairs: int) -> Document:
+    pairs = list(zip(rng.sample(keys, n_pairs), rng.sample(values, n_pairs), strict=True))
+    writer = Writer("List:")
+    for key, value in pairs:
+        writer.say(f" {key} {value}.")
+    for _ in range(3):
+        for key, value in rng.sample(pairs, n_pairs):
+            writer.say(f" {key}", value, ".")
+    return writer.document()
+
+
 def pairs_document(rng: random.Random) -> Document:
-    """Two to four facts of one relation, each asked three times in one form: what a model learns to recall first."""
+    """Two to four facts of one relation, each asked three times in one form."""
     kind = rng.choice(tuple(KINDS.values()))
     relation, form = rng.choice(_PAIRS)
     scene = training_scene(rng, kind, n_people=rng.randint(2, 4))

@@ -7,6 +7,7 @@ are those of lm-eval's lambada, hellaswag, piqa, arc_easy, arc_challenge, winogr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -138,6 +139,15 @@ def write_tasks(folder: Path = POCKET / "tasks") -> None:
     for task in TASKS:
         (folder / f"{task}.yaml").write_text(task_yaml(task))
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(task)))
+
+
+def tasks_fingerprint(tasks: tuple[str, ...], folder: Path = POCKET / "tasks") -> str:
+    """sha256 of the YAML and items of some pocket tasks: the same files score the same things."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for suffix in ("yaml", "jsonl"):
+            digest.update((folder / f"{task}.{suffix}").read_bytes())
+    return digest.hexdigest()
 
 
 def load_rows(task: str, folder: Path = POCKET / "tasks") -> list[Row]:

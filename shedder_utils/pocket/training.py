@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from .. import kernels
 from ..errors import ModelError
-from .corpus import batch
+from .corpus import ANSWER_WEIGHT, batch
 from .prose import POCKET
 from .tasks import TASKS, quick_accuracy
 
@@ -62,9 +62,8 @@ class Recipe:
     log_every: int = 100
     evaluate_every: int = 1000
     phases: tuple[Phase, ...] = (
-        Phase("pairs", 0.16, 8, 128),
-        Phase("recall", 0.34, 8, 128),
-        Phase("stories", 0.65, 4, 256),
+        Phase("recall", 0.4, 8, 128),
+        Phase("stories", 0.7, 4, 256),
         Phase("mix", 1.0, 4, 256),
     )
 
@@ -78,7 +77,10 @@ class Recipe:
         return min(1.0, (step + 1) / self.warmup, 0.05 + 0.95 * max(0.0, down))
 
 
-RECIPES = {name: Recipe() for name in CONFIGS}
+RECIPES = {
+    "pocket-mamba": Recipe(muon_lr=0.01, adam_lr=2e-3),
+    "pocket-mamba2": Recipe(muon_lr=0.015, adam_lr=3e-3),
+}
 
 
 class Training:
@@ -97,7 +99,7 @@ class Training:
 
     def run(self) -> None:
         """Train to the end: a line of progress every `log_every` steps, scores and a checkpoint every `evaluate_every`."""
-        running: list[float] = []
+        running: list[tuple[float, float]] = []
         while self.step < self.recipe.steps:
             started = time.perf_counter()
             running.append(self._train_step())
@@ -105,15 +107,17 @@ class Training:
             self.step += 1
             evaluate = self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.steps
             if evaluate or self.step % self.recipe.log_every == 0:
-                self._log(sum(running) / len(running), self._scores() if evaluate else {})
+                self._log(running, self._scores() if evaluate else {})
                 running.clear()
             if evaluate:
                 self._save()
 
-    def _train_step(self) -> float:
+    def _train_step(self) -> tuple[float, float]:
+        """One update; its loss, and the share of answer tokens that the model would have given."""
         recipe, phase = self.recipe, self.recipe.phase(self.step)
         ids, weights = batch(phase.stage, recipe.seed, self.step, phase.batch_size, phase.length, self.tokenizer)
-        loss = weighted_loss(self.model(ids, use_cache=False).logits, ids, weights)
+        logits = self.model(ids, use_cache=False).logits
+        loss = weighted_loss(logits, ids, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for optimizer in self.optimizers:
@@ -122,7 +126,9 @@ class Training:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.tokens += ids.numel()
-        return loss.item()
+        answers = weights[:, 1:] == ANSWER_WEIGHT
+        right = logits.detach()[:, :-1].argmax(-1)[answers] == ids[:, 1:][answers]
+        return loss.item(), right.float().sum().item() / max(len(right), 1)
 
     def _scores(self) -> dict[str, float]:
         """Accuracies on the first items of each task, without lm-eval."""
@@ -131,9 +137,10 @@ class Training:
         self.model.train()
         return scores
 
-    def _log(self, loss: float, scores: dict[str, float]) -> None:
+    def _log(self, running: list[tuple[float, float]], scores: dict[str, float]) -> None:
+        loss, answered = (sum(values) / len(running) for values in zip(*running, strict=True))
         point = {"step": self.step, "tokens": self.tokens, "hours": round(self.seconds / 3600, 4),
-                 "stage": self.recipe.phase(self.step - 1).stage, "loss": round(loss, 4), **scores}  # fmt: skip
+                 "stage": self.recipe.phase(self.step - 1).stage, "loss": round(loss, 4), "answered": round(answered, 4), **scores}  # fmt: skip
         self.curve.append(point)
         print(json.dumps(point), file=sys.stderr, flush=True)
 

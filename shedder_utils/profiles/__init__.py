@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .. import paper
 from ..components import KINDS
@@ -67,11 +67,12 @@ class CalibrationSettings(_Settings):
 
 
 class Column(_Settings):
-    """A column of the paper's tables, and the lm-eval task and metric that fill it."""
+    """A column of the paper's tables, the lm-eval task and metric that fill it, and the accuracy of guessing."""
 
     column: str
     task: str
     metric: str
+    chance: float = Field(default=0.0, ge=0, lt=1)
 
 
 class EvaluationSettings(_Settings):
@@ -121,10 +122,15 @@ class Study(_Settings):
 
 
 class Profile(_Settings):
-    """All settings of a run; models and studies are by name."""
+    """All settings of a run; models and studies are by name.
+
+    papers_own_models: whether the models are those of the paper itself, so that a claim can fail on them and not just
+    stay unseen.
+    """
 
     name: str
     title: str
+    papers_own_models: bool = False
     models: dict[str, ProfileModel]
     calibration: CalibrationSettings
     evaluation: EvaluationSettings

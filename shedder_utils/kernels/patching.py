@@ -1,8 +1,8 @@
 """Putting the CPU scans in the place of transformers' PyTorch fallbacks, and taking them out again.
 
-Each modeling file of transformers has its own `mamba_selective_scan`, `mamba2_chunk_scan`, `causal_conv1d_fn` and one-token updates, which its mixers
-look up as module globals at every call. `install()` replaces these attributes, so that all models of these classes, those already
-built included, use our scans; no class is touched. Inputs our scans do not handle (another device, float64, an activation other than
+Each modeling file of transformers has its own `mamba_selective_scan`, `mamba2_chunk_scan`, `causal_conv1d_fn` and one-token
+updates, which its mixers look up as module globals at every call. `install()` replaces these attributes, so that all models of these
+classes, those already built included, use our scans; no class is touched. Inputs our scans do not handle (another device, float64, an activation other than
 SiLU, packed sequences, tracing by torch.compile) go on to the original function.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .conv import causal_conv
+from .memory import keep_freed_memory
 from .selective_scan import selective_scan
 from .simd import LANES
 from .ssd import ssd
@@ -156,11 +157,14 @@ def _modeling_modules() -> list[ModuleType]:
 
 
 def install() -> None:
-    """Use our scans in every loaded transformers model; call again after loading further modeling modules. Does nothing when the
-    environment variable SHEDDER_SCAN is "off".
+    """Use our scans in every loaded transformers model; call again after loading further modeling modules.
+
+    Also lets the process keep freed memory (see memory.py), which outlasts `uninstall`. Does nothing when the environment variable
+    SHEDDER_SCAN is "off".
     """
     if os.environ.get("SHEDDER_SCAN") == "off":
         return
+    keep_freed_memory()
     for module in _modeling_modules():
         for name, replacement in _REPLACEMENTS.items():
             if name in vars(module) and (module, name) not in _originals:

@@ -1,0 +1,77 @@
+"""Tables, figures and verdicts, made from records alone: the paper's numbers, the recorded ones and yours.
+
+What a notebook calls takes a profile (a name, the path of a YAML file, or a loaded one) and the root of the records.
+What has no record yet shows as not run; a broken record raises RecordError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import profiles
+from ..profiles import Profile
+from . import claims, figures, origin, tables
+from .claims import Verdict, Verdicts
+from .figures import Drawing
+from .rendering import Table
+from .runs import Runs
+
+__all__ = ["Drawing", "Table", "Verdict", "Verdicts", "build", "figure", "provenance", "table", "verdicts"]
+
+
+def table(
+    number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs", recorded: str | Path = "results"
+) -> Table:
+    """Table 1 (Mamba blocks) or 2 (SSMs): the paper, the records under `recorded`, and those under `root`.
+
+    Raises DataError for a table that the profile's studies do not fill.
+    """
+    settings = _settings(profile)
+    return tables.pruning_table(number, Runs(settings, root), Runs(settings, recorded))
+
+
+def figure(number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
+    """Figure 2 (Mamba blocks), 3 (SSMs) or 4 (calibration perplexity); its `.figure` is matplotlib's.
+
+    Raises DataError for a figure that the profile's studies do not fill.
+    """
+    return figures.draw(number, Runs(_settings(profile), root))
+
+
+def verdicts(
+    ids: Sequence[str] | None = None, profile: str | Path | Profile = "pocket", root: str | Path = "runs"
+) -> Verdicts:
+    """The verdicts on some of the paper's claims, such as ["C1"], or on all that have a test."""
+    return claims.judge(Runs(_settings(profile), root), ids)
+
+
+def provenance(profile: str | Path | Profile, root: str | Path, study: str) -> Table:
+    """Weights, data, versions, machine, cost and code behind a study's numbers, one column for each model."""
+    return origin.provenance(Runs(_settings(profile), root), study)
+
+
+def build(
+    profile: str | Path | Profile = "pocket",
+    root: str | Path = "runs",
+    recorded: str | Path = "results",
+    folder: str | Path | None = None,
+) -> list[Path]:
+    """Write all tables and figures of a profile's studies, and the verdicts; return the paths.
+
+    folder: where to; None is `<root>/figures/<profile>`.
+    """
+    settings = _settings(profile)
+    yours = Runs(settings, root)
+    theirs = Runs(settings, recorded)
+    target = Path(root, "figures", settings.name) if folder is None else Path(folder)
+    shown: list[Table | Drawing | Verdicts] = [
+        *(tables.pruning_table(number, yours, theirs) for number in tables.available(settings)),
+        *(figures.draw(number, yours) for number in figures.available(yours)),
+        claims.judge(yours),
+    ]
+    return [path for item in shown for path in item.save(target)]
+
+
+def _settings(profile: str | Path | Profile) -> Profile:
+    return profile if isinstance(profile, Profile) else profiles.load(profile)

@@ -1,0 +1,112 @@
+"""What the records of a profile say: scores by the paper's columns, removal orders, numbers of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .. import records
+from ..errors import PlanError, RecordError
+from ..plan import Plan
+from ..profiles import Profile
+from ..records import Metric, Record
+
+BLOCKS, SSMS = "block_pruning", "ssm_pruning"
+
+
+class Runs:
+    """The records of one profile under one root, `runs` or `results`; a root that does not exist has none.
+
+    Raises RecordError for a broken record.
+    """
+
+    def __init__(self, profile: Profile, root: str | Path) -> None:
+        self.profile, self.root = profile, Path(root)
+        found = records.find(root, profile=profile.name)
+        self._records = {(record.study, record.model.name, record.setting): record for record in found}
+
+    def of(self, study: str, model: str) -> list[Record]:
+        """The records of a study of a model, in order of their settings."""
+        return [record for place, record in self._records.items() if place[:2] == (study, model)]
+
+    def search(self, study: str, model: str) -> Record | None:
+        """The record of a study's search."""
+        return self._records.get((study, model, "search"))
+
+    def plan(self, study: str, model: str) -> Plan | None:
+        """The removals that a study's search found. Raises RecordError for a record that holds none."""
+        record = self.search(study, model)
+        if record is None:
+            return None
+        try:
+            return Plan.model_validate(record.plan)
+        except (ValidationError, PlanError) as error:
+            file = records.path(self.root, record.profile, study, model, record.setting)
+            raise RecordError(f"{file}: expected the plan of a search, found none; delete it and run again") from error
+
+    def curve(self, study: str, model: str) -> list[float]:
+        """The calibration perplexity with 0, 1, 2, ... removals of a study's search; empty where it was not run."""
+        plan = self.plan(study, model)
+        return [math.nan if score is None else score for score in plan.scores] if plan else []
+
+    def evaluated(self, study: str, model: str, n_removed: int) -> Record | None:
+        """The evaluation of a model after the first n removals of a study's search; the dense model's for 0.
+
+        Scores of other weights or another order than the search's are left over from an earlier run and do not count.
+        """
+        if n_removed == 0:
+            return self._records.get(("dense", model, "scores"))
+        plan, search = self.plan(study, model), self.search(study, model)
+        if plan is None or search is None or len(plan) < n_removed:
+            return None
+        gone = tuple(map(str, plan.components[:n_removed]))
+        same = [run for run in self.of(study, model) if run.model.fingerprint == search.model.fingerprint]
+        return next((run for run in same if run.model.removals == gone), None)
+
+    def scores(self, study: str, model: str, n_removed: int) -> dict[str, Metric]:
+        """The scores of `evaluated` by column of the paper: perplexity, and accuracies with their average in points.
+
+        A column that was not measured is left out, and the average with it.
+        """
+        record = self.evaluated(study, model, n_removed)
+        return {} if record is None else _by_column(record, self.profile)
+
+    def layers(self, model: str) -> int | None:
+        """How many layers the dense model has, as far as a search or the profile says."""
+        plans = [self.plan(study, model) for study in self.profile.studies]
+        settings = self.profile.models[model].random
+        return next((int(plan.model["layers"]) for plan in plans if plan), settings.layers if settings else None)
+
+
+def _by_column(record: Record, profile: Profile) -> dict[str, Metric]:
+    found: dict[str, Metric] = {}
+    for column in profile.evaluation.tasks:
+        metric = record.metrics.get(f"{column.task}/{column.metric}")
+        if metric is not None:
+            found[column.column] = metric if column.metric == "perplexity" else _points(metric)
+    accuracies = [found[name] for name in profile.evaluation.accuracies if name in found]
+    if len(accuracies) == len(profile.evaluation.accuracies):
+        found["average"] = mean(accuracies)
+    return found
+
+
+def mean(metrics: Sequence[Metric]) -> Metric:
+    """The mean of independent measurements, with its standard error; n is the number of all items."""
+    errors = [error_of(metric) for metric in metrics]
+    return Metric(
+        value=math.fsum(metric.value for metric in metrics) / len(metrics),
+        stderr=math.hypot(*errors) / len(metrics),
+        n=sum(metric.n or 0 for metric in metrics),
+    )
+
+
+def error_of(metric: Metric) -> float:
+    """The standard error, not a number where there is none."""
+    return math.nan if metric.stderr is None else metric.stderr
+
+
+def _points(metric: Metric) -> Metric:
+    return Metric(value=100 * metric.value, stderr=100 * error_of(metric), n=metric.n)

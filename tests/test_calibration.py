@@ -1,0 +1,72 @@
+"""Calibration batches: drawn, joined and cut as the release does it; bad sources are refused."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from shedder_utils import Calibration, DataError, calibrate
+from shedder_utils.pocket.tokenizer import load_tokenizer
+
+TEXTS = [f"Story {i}: Anna is in the garden and Ben is in the kitchen." for i in range(40)]
+
+
+def test_samples_are_joined_tokenised_as_one_stream_and_cut() -> None:
+    tokenizer = load_tokenizer()
+    calibration = calibrate(TEXTS, tokenizer, samples=10, sequence_length=16, batch_size=3, seed=7)
+    random.seed(7)
+    ids = tokenizer("\n\n".join(random.sample(TEXTS, 10))).input_ids
+    whole = len(ids) // 16
+    assert torch.cat(calibration.batches).flatten().tolist() == ids[: 16 * whole]
+    assert [len(batch) for batch in calibration.batches[:-1]] == [3] * (len(calibration.batches) - 1)
+    assert (calibration.sequences, calibration.tokens) == (whole, 16 * whole)
+
+
+def test_the_fingerprint_is_that_of_the_ids() -> None:
+    tokenizer = load_tokenizer()
+    first, again = (calibrate(TEXTS, tokenizer, samples=10, sequence_length=16, seed=7) for _ in range(2))
+    other = calibrate(TEXTS, tokenizer, samples=10, sequence_length=16, seed=8)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.fingerprint == Calibration(first.batches).fingerprint
+
+
+def test_files_and_named_sources_are_read(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    plain, rows = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+    plain.write_text("\n\n".join(TEXTS))
+    rows.write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    settings = {"samples": 10, "sequence_length": 16, "seed": 7}
+    expected = calibrate(TEXTS, tokenizer, **settings).fingerprint
+    assert calibrate(plain, tokenizer, **settings).fingerprint == expected
+    assert calibrate(str(rows), tokenizer, **settings).fingerprint == expected
+    assert calibrate("pocket-instructions", tokenizer, samples=256, sequence_length=256).sequences > 20
+    assert calibrate("pocket-prose", tokenizer, samples=1, sequence_length=256).source["name"] == "pocket-prose"
+
+
+@pytest.mark.parametrize(
+    ("source", "samples", "complaint"),
+    [
+        (TEXTS, 41, "has 40 texts, 41 were asked for"),
+        (TEXTS[:1], 1, "less than one sequence"),
+        ("nowhere.jsonl", 1, "no such file or data name"),
+    ],
+)
+def test_sources_that_cannot_do_are_refused(source: str | list[str], samples: int, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        calibrate(source, load_tokenizer(), samples=samples, sequence_length=128)
+
+
+def test_rows_without_text_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "x"}\n')
+    with pytest.raises(DataError, match="a column 'text'"):
+        calibrate(file, load_tokenizer(), samples=1, sequence_length=8)
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(3, dtype=torch.int64)], [torch.zeros(2, 1, dtype=torch.int64)]])
+def test_batches_without_a_next_token_are_refused(batches: list[torch.Tensor]) -> None:
+    with pytest.raises(DataError, match="expected at least one"):
+        Calibration(batches)

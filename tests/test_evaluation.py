@@ -1,0 +1,75 @@
+"""Evaluation: lm-eval's numbers equal log-likelihoods computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shedder_utils import Component, DataError, evaluate, removed
+from shedder_utils.families import random_model
+from shedder_utils.pocket.items import requests
+from shedder_utils.pocket.tasks import load_rows
+from shedder_utils.pocket.tokenizer import load_tokenizer
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def pocket_like() -> PreTrainedModel:
+    return random_model(family="mamba2", layers=4, hidden_size=32, seed=3, vocab_size=len(load_tokenizer()))
+
+
+@torch.no_grad()
+def log_likelihood(model: PreTrainedModel, context: str, continuation: str) -> tuple[float, bool]:
+    """Sum of log-probabilities of the continuation's tokens, and whether each is the most likely one."""
+    tokenizer = load_tokenizer()
+    ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+    n = ids.shape[1] - len(tokenizer(context).input_ids)
+    log_probs = model(ids, use_cache=False).logits[0, -n - 1 : -1].log_softmax(-1)
+    target = ids[0, -n:]
+    return log_probs.gather(1, target[:, None]).sum().item(), bool((log_probs.argmax(-1) == target).all())
+
+
+@pytest.mark.parametrize("task", ["pocket_hellaswag", "pocket_arc_challenge", "pocket_winogrande"])
+def test_choices_are_scored_as_by_hand(pocket_like: PreTrainedModel, task: str) -> None:
+    hits, normed_hits = [], []
+    for row in load_rows(task)[:LIMIT]:
+        pairs, gold = requests(task, row)
+        sums = [log_likelihood(pocket_like, *pair)[0] for pair in pairs]
+        normed = [total / len(continuation.strip()) for total, (_, continuation) in zip(sums, pairs, strict=True)]
+        hits.append(sums.index(max(sums)) == gold)
+        normed_hits.append(normed.index(max(normed)) == gold)
+    scores = evaluate(pocket_like, load_tokenizer(), [task], limit=LIMIT, batch_size=4)
+    accuracy = sum(hits) / LIMIT
+    assert scores[task, "acc"].value == pytest.approx(accuracy)
+    assert scores[task, "acc"].n == LIMIT
+    assert scores[task, "acc"].stderr == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (LIMIT - 1)))
+    if (task, "acc_norm") in scores:
+        assert scores[task, "acc_norm"].value == pytest.approx(sum(normed_hits) / LIMIT)
+
+
+def test_perplexity_is_that_of_the_last_words(pocket_like: PreTrainedModel) -> None:
+    pairs = [requests("pocket_lambada", row)[0][0] for row in load_rows("pocket_lambada")[:LIMIT]]
+    found = [log_likelihood(pocket_like, *pair) for pair in pairs]
+    scores = evaluate(pocket_like, load_tokenizer(), ["pocket_lambada"], limit=LIMIT, batch_size=4)
+    perplexity = scores["pocket_lambada", "perplexity"]
+    assert perplexity.value == pytest.approx(math.exp(-sum(total for total, _ in found) / LIMIT), rel=1e-4)
+    assert perplexity.stderr > 0
+    assert scores["pocket_lambada", "acc"].value == pytest.approx(sum(greedy for _, greedy in found) / LIMIT)
+
+
+def test_a_model_with_components_removed_is_what_is_scored(pocket_like: PreTrainedModel) -> None:
+    settings = {"tasks": ["pocket_lambada"], "limit": LIMIT, "batch_size": 4}
+    dense = evaluate(pocket_like, load_tokenizer(), **settings)
+    with removed(pocket_like, [Component("mamba_block", 1)]):
+        pruned = evaluate(pocket_like, load_tokenizer(), **settings)
+    assert pruned["pocket_lambada", "perplexity"] != dense["pocket_lambada", "perplexity"]
+    assert evaluate(pocket_like, load_tokenizer(), **settings) == dense
+
+
+def test_unknown_tasks_are_refused(pocket_like: PreTrainedModel) -> None:
+    with pytest.raises(DataError, match="task 'pocket_nothing' does not exist"):
+        evaluate(pocket_like, load_tokenizer(), ["pocket_lambada", "pocket_nothing"])

@@ -1,0 +1,65 @@
+"""Loading: what is written is read back, and what is not whole or not covered is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, random_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from shedder_utils import ModelError, load_model
+from shedder_utils.loading import fingerprint
+from shedder_utils.pocket.tokenizer import load_tokenizer
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_saved_model_is_read_back(family: str, tmp_path: Path) -> None:
+    model = random_model(family)
+    model.save_pretrained(tmp_path)
+    load_tokenizer().save_pretrained(tmp_path)
+    again, tokenizer = load_model(tmp_path)
+    assert fingerprint(again) == fingerprint(model)
+    assert not again.training
+    assert tokenizer is not None
+    assert tokenizer("Anna").input_ids == load_tokenizer()("Anna").input_ids
+    assert load_model(tmp_path, tokenizer=False)[1] is None
+    assert load_model(tmp_path, dtype=torch.bfloat16, tokenizer=False)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+def test_a_checkpoint_that_is_not_whole_is_refused(change: str, tmp_path: Path) -> None:
+    random_model("mamba").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "backbone.layers.2.mixer.A_log"
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        name = "backbone.layers.2.mixer.extra"
+        tensors[name] = torch.zeros(3)
+    else:
+        tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"1 {change} tensors, such as .*{name}") as caught:
+        load_model(tmp_path, tokenizer=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_architectures_and_absent_models_are_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'gpt2', which is not covered"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="pocket model 'pocket-nothing' does not exist"):
+        load_model("pocket-nothing")
+    with pytest.raises(ModelError, match="no usable configuration"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    model = random_model("mamba")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        load_model(tmp_path, tokenizer=False)

@@ -1,0 +1,407 @@
+"""The report: every number in its cell, verdicts that follow the numbers, and files that repeat byte for byte."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from shedder_utils import paper, profiles, records, report
+from shedder_utils.errors import DataError, RecordError
+from shedder_utils.plan import Plan, Removal, Stage
+from shedder_utils.pocket.tasks import CHANCE
+from shedder_utils.profiles import Profile
+from shedder_utils.provenance import Code, Cost, Environment
+from shedder_utils.records import DataFacts, Metric, ModelFacts, Record, Request
+from shedder_utils.report.claims import Advantage
+from shedder_utils.report.rendering import escape_latex
+from shedder_utils.report.tables import Cell
+
+LAYERS, N_ITEMS, DENSE_PARAMETERS, PER_LAYER = 24, 400, 2_000_000, 50_000
+POCKET = profiles.load("pocket")
+STEPS = {"block_pruning": ("mamba_block", 6), "ssm_pruning": ("ssm", 12)}
+ENVIRONMENT = Environment(python="3.11.1", torch="2.13.0", transformers="5.23.0", lm_eval="0.4.13", numba="0.68.1",
+                          shedder_utils="0.1.0", device="cpu", cpu="Some CPU", threads=2, scan="numba")
+
+
+@dataclass
+class World:
+    """Records of one root: accuracy and perplexity fall and rise at a rate for each (study, model)."""
+
+    root: Path
+    profile: Profile = POCKET
+    dense_accuracy: float = 0.8
+    n_items: int = N_ITEMS
+    loss: dict[tuple[str, str], float] = field(default_factory=dict)      # accuracy lost by each removal
+    rise: dict[tuple[str, str], float] = field(default_factory=dict)      # log perplexity gained by each removal
+
+    def write(self) -> World:
+        for model in self.profile.models:
+            self.store("dense", model, "scores", metrics=self.metrics("dense", model, 0))
+            for study in self.profile.studies:
+                self.store(study, model, "search", plan=self.plan(study, model))
+                for n in self.profile.studies[study].evaluate[1:]:
+                    self.store(study, model, f"{n:02d}_removed", n, self.metrics(study, model, n))
+        return self
+
+    def plan(self, study: str, model: str) -> Plan:
+        kind, steps = STEPS[study]
+        scores = [math.exp(1 + self.rise.get((study, model), 0.05) * n) for n in range(steps + 1)]
+        removals = [
+            Removal(component=f"{kind}:{LAYERS - n}", score=scores[n], parameters=PER_LAYER)
+            for n in range(1, steps + 1)
+        ]
+        return Plan(removals=removals, dense_score=scores[0], stages=[Stage(kind, steps)], model={"layers": LAYERS})
+
+    def metrics(self, study: str, model: str, n: int) -> dict[str, Metric]:
+        found = {}
+        for i, column in enumerate(self.profile.evaluation.tasks):
+            if column.metric == "perplexity":
+                value = 3 * math.exp(self.rise.get((study, model), 0.05) * n)
+                found[f"{column.task}/perplexity"] = Metric(value=value, stderr=0.02 * value, n=self.n_items)
+            else:
+                value = self.dense_accuracy + 0.01 * (i - 4) - self.loss.get((study, model), 0.01) * n
+                error = math.sqrt(max(value * (1 - value), 0.0) / self.n_items)
+                found[f"{column.task}/{column.metric}"] = Metric(value=value, stderr=error, n=self.n_items)
+        return found
+
+    def store(self, study: str, model: str, setting: str, n: int = 0, metrics: dict[str, Metric] | None = None,
+              plan: Plan | None = None) -> Path:
+        gone = tuple(map(str, self.plan(study, model).components[:n])) if n else ()
+        facts = ModelFacts(name=model, ref=model, dtype="float32", fingerprint="f" * 64, removals=gone,
+                           parameters_dense=DENSE_PARAMETERS, parameters=DENSE_PARAMETERS - n * PER_LAYER)
+        data = {"tasks": DataFacts(name="seven", fingerprint="d" * 64)}
+        request = Request(study=study, profile=self.profile.name, setting=setting, spec={}, model=facts, data=data)
+        record = Record(
+            **dict(request), metrics=metrics or {}, plan=plan.model_dump(mode="json") if plan else None,
+            environment=ENVIRONMENT, code=Code(commit="c" * 40, dirty=True), cost=Cost(seconds=30, peak_mib=800 + n),
+            created=datetime(2025, 1, 1, tzinfo=UTC), inputs=request.inputs_fingerprint(),
+        )
+        return records.write(self.root, record)
+
+
+BLOCKS_1, BLOCKS_2 = ("block_pruning", "pocket-mamba"), ("block_pruning", "pocket-mamba2")
+SSMS_1, SSMS_2 = ("ssm_pruning", "pocket-mamba"), ("ssm_pruning", "pocket-mamba2")
+AS_IN_THE_PAPER = {BLOCKS_1: 0.01, BLOCKS_2: 0.06, SSMS_1: 0.05, SSMS_2: 0.002}
+RISES_AS_IN_THE_PAPER = {BLOCKS_1: 0.02, BLOCKS_2: 0.2, SSMS_1: 0.2, SSMS_2: 0.01}
+OTHER_WAY_ROUND = {BLOCKS_1: 0.06, BLOCKS_2: 0.01, SSMS_1: 0.002, SSMS_2: 0.05}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "runs", loss=AS_IN_THE_PAPER, rise=RISES_AS_IN_THE_PAPER).write()
+
+
+def cell(frame, model: str, pruned: int, column: str):
+    found = frame[(frame["model"] == model) & (frame["pruned"] == pruned) & (frame["column"] == column)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def verdict_of(name: str, root: Path, profile: Profile = POCKET):
+    return report.verdicts([name], profile, root).items[0]
+
+
+def test_values_land_in_their_cells_in_the_papers_units(world, tmp_path):
+    frame = report.table(1, "pocket", world.root, tmp_path / "none").frame
+    piqa = cell(frame, "pocket-mamba2", 3, "piqa")
+    assert piqa["paper"] == 73.9
+    assert piqa["yours"] == pytest.approx(100 * (0.8 - 0.01 - 3 * 0.06))
+    assert piqa["yours_stderr"] == pytest.approx(100 * math.sqrt(0.61 * 0.39 / 400))
+    assert (piqa["of"], piqa["stands_for"], piqa["verdict"]) == (24, 7, "not recorded")
+    ppl = cell(frame, "pocket-mamba", 5, "ppl")
+    assert (ppl["paper"], ppl["yours"]) == (7.51, pytest.approx(3 * math.exp(0.1)))
+    ratio = cell(frame, "pocket-mamba", 5, "ratio")
+    assert (ratio["paper"], ratio["yours"]) == (20.86, pytest.approx(12.5))
+
+
+def test_average_is_the_mean_of_seven_with_its_standard_error(world, tmp_path):
+    frame = report.table(2, "pocket", world.root, tmp_path / "none").frame
+    seven = [cell(frame, "pocket-mamba", 8, column) for column in paper.column_metrics()]
+    average = cell(frame, "pocket-mamba", 8, "average")
+    assert average["yours"] == pytest.approx(sum(one["yours"] for one in seven) / 7)
+    assert average["yours_stderr"] == pytest.approx(math.sqrt(sum(one["yours_stderr"] ** 2 for one in seven)) / 7)
+    assert average["paper"] == 47.6
+
+
+def test_wide_table_has_three_lines_for_each_row_in_the_papers_order(world, tmp_path):
+    table = report.table(2, "pocket", world.root, tmp_path / "none")
+    assert [row[2] for row in table.rows] == ["paper", "recorded", "yours"] * 8
+    assert [row[1] for row in table.rows[3:6]] == ["16 of 64", "6 of 24", "6 of 24"]
+    assert table.rows[3][:5] == ("mamba-2.8b", "16 of 64", "paper", "9.23", "55.2")
+    assert set(table.rows[4][3:-1]) == {"–"}
+    assert table.rows[5][3] == f"{3 * math.exp(1.2):.2f} ± {0.06 * math.exp(1.2):.2f}"
+    assert table.rows[5][4] == "47.0 ± 2.5"
+    assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_recorded_stands_beside_yours(world, tmp_path):
+    World(tmp_path / "results", loss=AS_IN_THE_PAPER | {BLOCKS_1: 0.02}, rise=RISES_AS_IN_THE_PAPER).write()
+    table = report.table(1, "pocket", world.root, tmp_path / "results")
+    same, near, far = (cell(table.frame, *place, "piqa") for place in (
+        ("pocket-mamba2", 5), ("pocket-mamba", 3), ("pocket-mamba", 5)))
+    assert (same["difference"], same["verdict"]) == (0, "same")
+    assert (near["difference"], near["verdict"]) == (pytest.approx(3), "within 2 stderr")
+    assert (far["difference"], far["verdict"]) == (pytest.approx(5), "differs")
+    assert table.rows[5][-1] == "differs: Average"
+    assert table.rows[8][-1] == "differs: " + ", ".join(table.header[5:-1])
+    assert {row[-1] for row in table.rows[11::3]} == {"same"}
+
+
+@pytest.mark.parametrize(
+    ("column", "recorded", "yours", "verdict"),
+    [
+        ("piqa", Metric(value=70, stderr=2), Metric(value=70.049, stderr=2), "same"),
+        ("piqa", Metric(value=70, stderr=2), Metric(value=73.9, stderr=2), "within 2 stderr"),
+        ("piqa", Metric(value=70, stderr=2), Metric(value=65.9, stderr=2), "differs"),
+        ("ppl", Metric(value=4.0), Metric(value=4.004), "same"),
+        ("ppl", Metric(value=4.0), Metric(value=4.006), "differs"),
+        ("ppl", Metric(value=math.inf), Metric(value=math.inf), "same"),
+        ("ppl", Metric(value=4.0), None, "not run"),
+        ("ppl", None, Metric(value=4.0), "not recorded"),
+    ],
+)
+def test_cell_verdict(column, recorded, yours, verdict):
+    assert Cell(column, None, recorded, yours).verdict == verdict
+
+
+def test_nothing_run_is_dashes_and_not_an_error(tmp_path):
+    paths = report.build("pocket", tmp_path / "runs", tmp_path / "results")
+    assert [path.name for path in paths] == [
+        *(f"table_{n}.{ending}" for n in (1, 2) for ending in ("md", "csv", "tex")),
+        *(f"figure_{n}.{ending}" for n in (2, 3, 4) for ending in ("png", "pdf", "json")), "claims.md"]
+    assert all(path.stat().st_size and path.parent == tmp_path / "runs" / "figures" / "pocket" for path in paths)
+    table = report.table(1, "pocket", tmp_path / "runs", tmp_path / "results")
+    assert set(table.frame["verdict"]) == {"not run"}
+    assert table.frame["yours"].isna().all()
+    assert [item.verdict for item in report.verdicts(None, "pocket", tmp_path).items] == ["not run"] * 3
+    assert report.provenance("pocket", tmp_path, "ssm_pruning").rows == (("runs", "–", "–"),)
+
+
+def test_scores_of_another_order_or_other_weights_do_not_count(world):
+    records.path(world.root, "pocket", *BLOCKS_1, "search").unlink()
+    frame = report.table(1, "pocket", world.root, world.root).frame
+    assert cell(frame, "pocket-mamba", 3, "ppl")["verdict"] == "not run"
+    other = Plan(removals=[Removal(component="mamba_block:2")] * 6, dense_score=2.0, model={"layers": LAYERS})
+    world.store(*BLOCKS_1, "search", plan=other)
+    frame = report.table(1, "pocket", world.root, world.root).frame
+    assert cell(frame, "pocket-mamba", 3, "ppl")["verdict"] == "not run"
+    assert cell(frame, "pocket-mamba", 0, "ppl")["verdict"] == "same"
+
+
+def test_broken_record_is_refused(world):
+    file = records.path(world.root, "pocket", *SSMS_2, "06_removed")
+    file.write_text(file.read_text().replace('"n": 400', '"n": 401'))
+    for make in (lambda: report.table(2, "pocket", world.root), lambda: report.build("pocket", world.root)):
+        with pytest.raises(RecordError, match="06_removed"):
+            make()
+
+
+def test_search_record_without_a_plan_is_refused(world):
+    world.store(*SSMS_2, "search", metrics={})
+    with pytest.raises(RecordError, match="expected the plan"):
+        report.figure(4, "pocket", world.root)
+
+
+def test_claims_hold_when_the_records_are_as_in_the_paper(world):
+    found = report.verdicts(None, "pocket", world.root)
+    assert [(item.id, item.verdict) for item in found.items] == [(name, "reproduced") for name in ("C1", "C2", "C12")]
+    c1 = found.items[0]
+    accuracy = [number for number in c1.numbers if "accuracy" in number.measure]
+    assert [number.n_removed for number in accuracy] == [3, 5]
+    assert accuracy[1].value == pytest.approx(100 * 5 * 0.05)
+    assert accuracy[1].paper == pytest.approx((60.2 - 52.8) - (59.9 - 53.8))
+    ratios = [number for number in c1.numbers if "LAMBADA" in number.measure]
+    assert ratios[0].value == pytest.approx(math.exp(3 * 0.18))
+    assert ratios[0].high == pytest.approx(ratios[0].value * math.exp(1.96 * 0.04))
+    assert ratios[0].paper == pytest.approx((8.43 / 4.10) / (4.94 / 4.23))
+    assert c1.why.endswith("Not compared, for the profile has no model for it: zamba2-2.7b.")
+    assert "| C12 |" in found.to_markdown()
+    assert "5 removed +25.0 [+21.8, +28.2] (paper +1.3)" in c1.summary[1]
+
+
+def test_interval_of_a_difference_of_differences(world):
+    number = next(n for n in verdict_of("C2", world.root).numbers if "accuracy" in n.measure and n.n_removed == 9)
+    errors = [
+        math.sqrt(sum((0.8 + 0.01 * i - loss * n) * (0.2 - 0.01 * i + loss * n) / N_ITEMS for i in range(-3, 4))) / 7
+        for loss in (0.05, 0.002) for n in (0, 9)
+    ]
+    assert number.high - number.low == pytest.approx(100 * 2 * 1.96 * math.hypot(*errors))
+    assert number.value == pytest.approx((number.low + number.high) / 2) == pytest.approx(100 * 9 * 0.048)
+
+
+@pytest.mark.parametrize(
+    ("own", "failed"), [(False, "not shown at this scale"), (True, "deviates")], ids=["small models", "paper's models"]
+)
+def test_claims_fail_when_the_numbers_flip(tmp_path, own, failed):
+    World(tmp_path, loss=OTHER_WAY_ROUND, rise={key: 4 * value for key, value in OTHER_WAY_ROUND.items()}).write()
+    profile = POCKET.model_copy(update={"papers_own_models": own})
+    found = report.verdicts(None, profile, tmp_path)
+    assert [item.verdict for item in found.items] == [failed] * 3
+    assert "0 speak for the claim" in found.items[0].why
+
+
+def test_claims_are_close_when_only_some_comparisons_are_beyond_chance(tmp_path):
+    World(tmp_path, loss=AS_IN_THE_PAPER | {BLOCKS_2: 0.0101}, rise=RISES_AS_IN_THE_PAPER).write()
+    found = verdict_of("C1", tmp_path)
+    assert (found.verdict, {number.outcome for number in found.numbers}) == ("close", {"for", "open"})
+
+
+def test_mixed_evidence_is_no_success(tmp_path):
+    World(tmp_path, loss=OTHER_WAY_ROUND, rise=RISES_AS_IN_THE_PAPER).write()
+    found = verdict_of("C1", tmp_path)
+    assert found.verdict == "not shown at this scale"
+    assert {number.outcome for number in found.numbers} == {"for", "against"}
+
+
+@pytest.mark.parametrize(("n_wrong", "verdict"), [(0, "reproduced"), (2, "close"), (3, "not shown at this scale")])
+def test_crossover_counts_the_removals_at_which_the_sign_holds(world, n_wrong, verdict):
+    plan = world.plan(*BLOCKS_2)
+    lower = [removal.model_copy(update={"score": 1.0}) for removal in plan.removals[1 : 1 + n_wrong]]
+    removals = [plan.removals[0], *lower, *plan.removals[1 + n_wrong :]]
+    world.store(*BLOCKS_2, "search", plan=plan.model_copy(update={"removals": removals}))
+    found = verdict_of("C12", world.root)
+    assert (found.verdict, len(found.numbers)) == (verdict, 5 + 11)
+    assert f"at {5 - n_wrong} of 5 counts for Mamba blocks and at 11 of 11 for SSMs" in found.why
+
+
+def test_a_model_at_chance_shows_nothing(tmp_path):
+    World(tmp_path, dense_accuracy=0.35, loss={BLOCKS_2: 0.06}, rise=RISES_AS_IN_THE_PAPER).write()
+    found = verdict_of("C1", tmp_path)
+    assert (found.verdict, len(found.numbers)) == ("not shown at this scale", 4)
+    assert "pocket-mamba is not clearly above chance: dense average 35.0 ± 0.9, chance 32.1" in found.why
+
+
+def test_random_models_show_nothing(tmp_path):
+    smoke = profiles.load("smoke")
+    ahead = {("block_pruning", "smoke-mamba2"): 0.5, ("ssm_pruning", "smoke-mamba"): 0.5}
+    World(tmp_path, smoke, n_items=4, rise=ahead).write()
+    found = report.verdicts(None, "smoke", tmp_path)
+    assert {item.verdict for item in found.items} == {"not shown at this scale"}
+    assert all("untrained" in item.why for item in found.items)
+
+
+def test_one_missing_evaluation_makes_a_claim_not_run(world):
+    records.path(world.root, "pocket", *BLOCKS_2, "05_removed").unlink()
+    found = verdict_of("C1", world.root)
+    assert found.verdict == "not run"
+    assert found.why == "There is no whole evaluation of pocket-mamba2 with 5 Mamba blocks removed."
+    assert {number.n_removed for number in found.numbers} == {3}
+    assert verdict_of("C2", world.root).verdict == "reproduced"
+
+
+def test_an_evaluation_without_a_task_makes_a_claim_not_run(world):
+    metrics = world.metrics(*SSMS_1, 8)
+    del metrics["pocket_piqa/acc_norm"]
+    world.store(*SSMS_1, "08_removed", 8, metrics)
+    found = verdict_of("C2", world.root)
+    assert found.verdict == "not run"
+    assert found.why == "There is no whole evaluation of pocket-mamba with 8 SSMs removed."
+    frame = report.table(2, "pocket", world.root, world.root).frame
+    assert cell(frame, "pocket-mamba", 8, "average")["verdict"] == "not run"
+    assert cell(frame, "pocket-mamba", 8, "arc_easy")["verdict"] == "same"
+
+
+def test_claims_without_a_test_and_unknown_ones(tmp_path):
+    assert verdict_of("C8", tmp_path).verdict == "not run"
+    with pytest.raises(DataError, match="C13"):
+        report.verdicts(["C13"], "pocket", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"), [(0.1, 2, "for"), (-1, 1, "open"), (-2, -0.1, "against"), (math.nan, math.nan, "open")]
+)
+def test_outcome_is_the_side_of_the_interval(low, high, outcome):
+    assert Advantage("accuracy", 3, 0.0, low, high, 0).outcome == outcome
+
+
+def test_same_records_give_the_same_bytes(world, tmp_path):
+    first, second = (report.build("pocket", world.root, world.root, tmp_path / name) for name in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in first)
+
+
+def test_sidecar_lists_the_records_drawn(world, tmp_path):
+    for number, n_records in ((2, 8), (3, 10), (4, 4)):
+        drawing = report.figure(number, "pocket", world.root)
+        sidecar = json.loads(drawing.save(tmp_path)[2].read_text())
+        assert len(sidecar["records"]) == n_records
+        for entry in sidecar["records"]:
+            assert records.read(world.root / entry["record"]).inputs == entry["inputs"]
+
+
+def test_figures_draw_the_papers_points_and_ours_on_shares_of_layers(world):
+    figure = report.figure(3, "pocket", world.root).figure
+    left, right = figure.axes[1], figure.axes[3]
+    reported, ours = left.get_lines()[0], left.containers[1].lines[0]
+    assert list(reported.get_xdata()) == [0, 25, 31.25, 37.5]
+    assert list(reported.get_ydata()) == [4.10, 4.26, 5.89, 14.95]
+    assert list(ours.get_xdata()) == [0, 25, pytest.approx(100 / 3), 37.5]
+    assert ours.get_ydata()[-1] == pytest.approx(3 * math.exp(0.09))
+    assert reported.get_markerfacecolor() == "white" != ours.get_markerfacecolor()
+    assert right.containers[1].lines[0].get_ydata()[0] == pytest.approx(80)
+
+
+def test_figure_4_draws_each_search_from_the_dense_model_on(world):
+    left, right = report.figure(4, "pocket", world.root).figure.axes
+    assert [len(line.get_xdata()) for line in (*left.get_lines(), *right.get_lines())] == [7, 7, 13, 13]
+    assert left.get_lines()[1].get_ydata()[6] == pytest.approx(math.exp(1 + 6 * 0.2))
+    assert left.get_lines()[1].get_xdata()[6] == pytest.approx(25)
+
+
+def test_infinite_perplexity_is_shown_in_tables_and_left_out_of_figures(world):
+    infinite = {"pocket_lambada/perplexity": Metric(value=math.inf, stderr=math.nan, n=400)}
+    world.store(*BLOCKS_2, "05_removed", 5, world.metrics(*BLOCKS_2, 5) | infinite)
+    assert "inf" in report.table(1, "pocket", world.root, world.root).to_markdown()
+    assert report.figure(2, "pocket", world.root)._repr_png_().startswith(b"\x89PNG")
+    assert verdict_of("C1", world.root).verdict == "close"
+
+
+def test_csv_has_one_line_for_each_cell(world, tmp_path):
+    markdown, tidy, latex = report.table(1, "pocket", world.root, world.root).save(tmp_path)
+    rows = list(csv.DictReader(tidy.read_text().splitlines()))
+    assert len(rows) == 2 * 3 * 10
+    assert list(rows[0]) == ["model", "pruned", "of", "stands_for", "column", "paper", "recorded", "recorded_stderr",
+                             "yours", "yours_stderr", "difference", "verdict"]
+    assert markdown.read_text().count("| yours |") == 6
+    assert latex.read_text().count(r" \\") == 1 + 18
+
+
+def test_latex_is_escaped(world):
+    text = report.table(1, "pocket", world.root, world.root).to_latex()
+    assert r"Ratio \%" in text
+    assert r"LAMBADA ppl $\downarrow$" in text
+    assert r"$\pm$" in text
+    assert text.isascii()
+    assert escape_latex("a_b & 5% {x} \\ ^ ~ #1 $2") == (
+        r"a\_b \& 5\% \{x\} \textbackslash{} \textasciicircum{} \textasciitilde{} \#1 \$2")
+
+
+def test_provenance_names_weights_data_versions_and_cost(world):
+    table = report.provenance("pocket", world.root, "ssm_pruning")
+    facts = {row[0]: row[1] for row in table.rows}
+    assert facts["weights"] == f"pocket-mamba {'f' * 12}, float32"
+    assert facts["data: tasks"] == f"seven {'d' * 12}"
+    assert facts["commit"] == f"{'c' * 12} with changes"
+    assert (facts["runs"], facts["seconds"], facts["peak memory"]) == ("5", "150", "809 MiB")
+    assert "lm_eval 0.4.13" in facts["versions"]
+    with pytest.raises(DataError, match="block_pruning"):
+        report.provenance("pocket", world.root, "recovery")
+
+
+@pytest.mark.parametrize("make", [report.table, report.figure])
+def test_unknown_numbers_are_refused(make, tmp_path):
+    with pytest.raises(DataError, match="9: expected one of"):
+        make(9, "pocket", tmp_path)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_profiles_know_the_chance_level_of_each_pocket_task(name):
+    tasks = profiles.load(name).evaluation.tasks
+    assert {t.task: t.chance for t in tasks if t.task in CHANCE and t.metric != "perplexity"} == CHANCE
+    assert all(t.chance == 0 for t in tasks if t.metric == "perplexity")
