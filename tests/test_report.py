@@ -377,6 +377,8 @@ def test_latex_is_escaped(world):
     assert r"Ratio \%" in text
     assert r"LAMBADA ppl $\downarrow$" in text
     assert r"$\pm$" in text
+    assert r"\caption{Training-free" in text
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert text.isascii()
     assert escape_latex("a_b & 5% {x} \\ ^ ~ #1 $2") == (
         r"a\_b \& 5\% \{x\} \textbackslash{} \textasciicircum{} \textasciitilde{} \#1 \$2")

@@ -2,8 +2,9 @@
 
     a[t] = bias + sum_k weight[k] * x[t - K + 1 + k],   y[t] = silu(a[t])
 
-Nothing lies before the first token but zeros. Sixteen channels share a vector, time is the outer loop. The backward walks from the end and
-keeps the last K gradients of `a` in a ring. B batch, L tokens, C channels, K taps (any number; the models have 2 to 4).
+Nothing lies before the first token but zeros. Sixteen channels share a vector, time is the outer loop. The backward
+walks from the end and keeps the last K gradients of `a` in a ring. B batch, L tokens, C channels, K taps (any number;
+the models have 2 to 4).
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def _activation(t, c, K, x, x_t, weight, bias):
     """a[t] for the sixteen channels at c; `x_t` is the address of x[t]."""
     a = load(bias[0], c)
@@ -34,7 +35,7 @@ def _activation(t, c, K, x, x_t, weight, bias):
     return a
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _forward_task(task, groups, L, C, K, silu, x, weight, bias, y):
     b = task // groups
     first = (task - b * groups) * _BLOCKS * 16
@@ -48,9 +49,10 @@ def _forward_task(task, groups, L, C, K, silu, x, weight, bias, y):
             store(y_t, c, a * sigmoid(a) if silu else a)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def _reverse_step(t, c, K, silu, own, x, x_t, weight, bias, dy_t, dx_t):
-    """One step back in time for sixteen channels; `own` holds the last K gradients of a (a ring), then dweight (K vectors) and dbias."""
+    """One step back in time for sixteen channels; `own` holds the last K gradients of a (a ring), then dweight (K
+    vectors) and dbias."""
     sums = own + K * _VECTOR
     da = load(dy_t, c)
     if silu:
@@ -67,7 +69,7 @@ def _reverse_step(t, c, K, silu, own, x, x_t, weight, bias, dy_t, dx_t):
     store(sums, K * 16, load(sums, K * 16) + da)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _backward_task(task, scratch, groups, L, C, K, silu, x, weight, bias, dy, dx, dweight, dbias):
     b = task // groups
     first = (task - b * groups) * _BLOCKS * 16
@@ -116,7 +118,8 @@ class _CausalConv(torch.autograd.Function):
     """The convolution as autograd sees it: C a multiple of 16, weight (K, C)."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, silu, keep):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        x, weight, bias, silu, keep = inputs
         batch, L, C = x.shape
         K = weight.shape[0]
         groups = -(-C // (16 * _BLOCKS))
@@ -129,8 +132,8 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         batch, L, C = x.shape
         K = weight.shape[0]
@@ -149,8 +152,8 @@ class _CausalConv(torch.autograd.Function):
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
     """Depthwise causal convolution over the tokens, then SiLU; differentiable in every tensor.
 
-    Args: x (B, L, C); weight (C, K), the last tap being the current token's; bias (C,). CPU tensors of float32, bfloat16 or
-    float16; arithmetic is in float32.
+    Args: x (B, L, C); weight (C, K), the last tap being the current token's; bias (C,). CPU tensors of float32,
+    bfloat16 or float16; arithmetic is in float32.
     Returns: (B, L, C) in x's dtype. Matches causal_conv1d's `causal_conv1d_fn`, here with the channels last.
     """
     C = x.shape[-1]

@@ -1,7 +1,9 @@
-"""Bringing tensors into the form the kernels read: float32, channels innermost and a multiple of 16, rows at any stride.
+"""Bringing tensors into the form the kernels read: float32, channels innermost and a multiple of 16, rows at any
+stride.
 
-A slice of a projection's output, or a transposed view of such a tensor, satisfies this without a copy; a tensor with the tokens innermost
-is transposed tile by tile, which takes a fraction of the time of torch's general copy. B batch, L tokens, C channels.
+A slice of a projection's output, or a transposed view of such a tensor, satisfies this without a copy; a tensor with
+the tokens innermost is transposed tile by tile, which takes a fraction of the time of torch's general copy. B batch, L
+tokens, C channels.
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ from .simd import LANES, STAMP, load_scalar, store_scalar, transpose_tile
 from .threads import Kernel, at, next_task, unpack
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _transpose_task(task, L, C, x, y):
     """Sixteen channels of one sequence, from (B, C, L) to (B, L, C)."""
     blocks = C // 16
@@ -46,7 +48,8 @@ _transpose = _kernel(STAMP)
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """`x`, float32 (..., C), or a copy of it, such that the last dimension is contiguous; None stays None. Not differentiable."""
+    """`x`, float32 (..., C), or a copy of it, such that the last dimension is contiguous; None stays None. Not
+    differentiable."""
     if x is None or x.stride(-1) == 1:
         return x
     if x.dim() != 3 or x.stride(1) != 1 or x.shape[2] % LANES:

@@ -1,7 +1,8 @@
 """Keeping freed memory for the next layer, on Linux.
 
-By default glibc gives each large temporary back to the system when it is freed, and the next layer's pays for fresh, zeroed pages again:
-20 to 30 % of a small model's forward. `keep_freed_memory` tells glibc to keep such blocks on its heap.
+By default glibc gives each large temporary back to the system when it is freed, and the next layer's pays for fresh,
+zeroed pages again: 20 to 30 % of a small model's forward. `keep_freed_memory` tells glibc to keep such blocks on its
+heap.
 """
 
 import ctypes
@@ -15,7 +16,8 @@ _SPARE = 2**26  # bytes to ask for beyond what is needed when the heap grows
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process reuse freed blocks; returns whether the C library is one that can. Lasts until the process ends."""
+    """Let this process reuse freed blocks; returns whether the C library is one that can. Lasts until the process
+    ends."""
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -1,7 +1,7 @@
 """The same recurrences, one token at a time in plain torch: what the fast ones are tested against.
 
-Any dtype (float64 for references), any device, differentiable. Slow: a Python loop over the tokens. B batch, L tokens, E inner width, N
-state size, H heads, P head width, G groups, C channels, K taps.
+Any dtype (float64 for references), any device, differentiable. Slow: a Python loop over the tokens. B batch, L tokens,
+E inner width, N state size, H heads, P head width, G groups, C channels, K taps.
 """
 
 import torch

@@ -1,10 +1,11 @@
 """The numba kernels of the selective scan (Mamba-1), forward and backward; `selective_scan.py` says what they compute.
 
-Sixteen channels share a vector. A forward task is one sequence and four such blocks, with time as the outer loop; the states and decay
-exponents of the task stay in the first-level cache. A backward task is one sequence and a group of blocks; it goes through the chunks from the
-last to the first, and for each block recomputes the chunk's states before it runs the adjoint recurrence.
-B batch, L tokens, E inner width, N state size. Tensors: u, dt, z, y and their gradients (B, L, E); A (N, E), scaled by log2(e); B, C (B, L, N);
-D, bias (E,); states (B, N, E); saved (B, chunks * N, E).
+Sixteen channels share a vector. A forward task is one sequence and four such blocks, with time as the outer loop; the
+states and decay exponents of the task stay in the first-level cache. A backward task is one sequence and a group of
+blocks; it goes through the chunks from the last to the first, and for each block recomputes the chunk's states before
+it runs the adjoint recurrence.
+B batch, L tokens, E inner width, N state size. Tensors: u, dt, z, y and their gradients (B, L, E); A (N, E), scaled by
+log2(e); B, C (B, L, N); D, bias (E,); states (B, N, E); saved (B, chunks * N, E).
 """
 
 from typing import Any
@@ -24,15 +25,16 @@ _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def _step_size(dt, bias, use_softplus):
     delta = dt + bias
     return softplus(delta) if use_softplus else delta
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _flush_and_save(state, blocks, N, saved, saved_row):
-    """At a chunk's start: tiny states become zero, so that decaying ones do not end in slow denormals; then keep them if asked to."""
+    """At a chunk's start: tiny states become zero, so that decaying ones do not end in slow denormals; then keep them
+    if asked to."""
     for q in range(blocks):
         for n in range(N):
             h = flush(load(state, (q * N + n) * 16))
@@ -41,7 +43,7 @@ def _flush_and_save(state, blocks, N, saved, saved_row):
                 store(saved, n * saved_row + q * 16, h)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _forward_task(task, scratch, groups, L, E, N, use_softplus, u, dt, A, B, C, D, z, bias, initial, y, saved, last):
     b = task // groups
     e0 = (task - b * groups) * BLOCKS * 16
@@ -82,7 +84,7 @@ def _forward_task(task, scratch, groups, L, E, N, use_softplus, u, dt, A, B, C, 
             store(at(last, b, n), e0 + q * 16, load(state, (q * N + n) * 16))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _recompute_chunk(b, t0, steps, e, decay, states, decays, deltas, outs, N, use_softplus, u, dt, B, C, D, bias):
     """States, decays and ungated outputs of one chunk and block, from the state at its start in `states`."""
     for t in range(steps):
@@ -105,12 +107,13 @@ def _recompute_chunk(b, t0, steps, e, decay, states, decays, deltas, outs, N, us
         store(outs, t * 16, out)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _reverse_chunk(
     b, t0, steps, e, decay, states, decays, deltas, outs, dB_lanes, dC_lanes, N, use_softplus,
     u, dt, B, C, D, z, bias, dy, du, ddt, dz,
-):  # fmt: skip
-    """Gradients of one chunk and block. Behind the decay exponents lie the adjoint (dloss/dh, which runs backwards in time), dA, dD, dbias."""
+):
+    """Gradients of one chunk and block. Behind the decay exponents lie the adjoint (dloss/dh, which runs backwards in
+    time), dA, dD, dbias."""
     adjoint, dA, sums = decay + N * _VECTOR, decay + 2 * N * _VECTOR, decay + 3 * N * _VECTOR
     one = fill(_ONE)
     dD, dbias = load(sums, 0), load(sums, 16)
@@ -147,7 +150,7 @@ def _reverse_chunk(
     store(sums, 16, dbias)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _begin_block(decay, b, e, N, A, dlast):
     """Decay exponents, adjoint of the last state, and zeros in dA, dD, dbias."""
     for n in range(N):
@@ -157,7 +160,7 @@ def _begin_block(decay, b, e, N, A, dlast):
         store(decay, i * 16, fill(_ZERO))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _end_block(decay, b, e, N, dA, dD, dbias, dinitial):
     for n in range(N):
         store(at(dinitial, b, n), e, load(decay, (N + n) * 16))
@@ -166,11 +169,11 @@ def _end_block(decay, b, e, N, dA, dD, dbias, dinitial):
     store(at(dbias, b, 0), e, load(decay, (3 * N + 1) * 16))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _backward_task(
     task, scratch, groups, batch, L, E, N, use_softplus, u, dt, A, B, C, D, z, bias, saved, dy, dlast,
     du, ddt, dA, dB, dC, dD, dz, dbias, dinitial,
-):  # fmt: skip
+):
     """One sequence and one group of blocks; dB and dC (groups * B, L, N) are sums over the group."""
     b = task // groups
     group = task - b * groups
@@ -194,11 +197,13 @@ def _backward_task(
             for n in range(N):
                 store(states, n * 16, load(at(saved, b, chunk * N + n), q * 16))
                 store(decay, (N + n) * 16, flush(load(decay, (N + n) * 16)))
-            _recompute_chunk(b, t0, steps, q * 16, decay, states, decays, deltas, outs, N, use_softplus, u, dt, B, C, D, bias)
+            _recompute_chunk(
+                b, t0, steps, q * 16, decay, states, decays, deltas, outs, N, use_softplus, u, dt, B, C, D, bias
+            )
             _reverse_chunk(
                 b, t0, steps, q * 16, decay, states, decays, deltas, outs, dB_lanes, dC_lanes, N, use_softplus,
                 u, dt, B, C, D, z, bias, dy, du, ddt, dz,
-            )  # fmt: skip
+            )
         dB_0, dC_0 = at(dB, group * batch + b, t0), at(dC, group * batch + b, t0)
         for i in range(steps * N):
             store_scalar(dB_0, i, total(load(dB_lanes, i * 16)))

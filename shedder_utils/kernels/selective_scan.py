@@ -2,8 +2,9 @@
 
     h[t] = exp(delta[t] * A) * h[t-1] + delta[t] * u[t] * B[t],   y[t] = (C[t] . h[t] + D * u[t]) * silu(z[t])
 
-with delta = softplus(dt + dt_bias). The forward keeps the state every 32 steps; the backward recomputes the states in between. The kernels
-(`scan_kernels.py`) hold states as (B, N, E), and A transposed and scaled by log2(e), so that exp becomes exp2.
+with delta = softplus(dt + dt_bias). The forward keeps the state every 32 steps; the backward recomputes the states in
+between. The kernels (`scan_kernels.py`) hold states as (B, N, E), and A transposed and scaled by log2(e), so that exp
+becomes exp2.
 B batch, L tokens, E inner width, N state size.
 """
 
@@ -22,7 +23,8 @@ class _SelectiveScan(torch.autograd.Function):
     """The scan as autograd sees it: E a multiple of 16, A (N, E) scaled by log2(e), states (B, N, E)."""
 
     @staticmethod
-    def forward(ctx: Any, u, dt, A, B, C, D, z, bias, initial, use_softplus, keep):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        u, dt, A, B, C, D, z, bias, initial, use_softplus, keep = inputs
         batch, L, E = u.shape
         N = A.shape[0]
         u, dt, B, C, z, initial = (aligned(x) for x in (u, dt, B, C, z, initial))
@@ -42,20 +44,45 @@ class _SelectiveScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor):  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> Any:
         u, dt, A, B, C, D, z, bias, saved = ctx.saved_tensors
         batch, L, E = u.shape
         N = A.shape[0]
-        # Enough tasks for many cores, from the shape alone: the sums' order, hence the result, is the same on any machine.
+        # Enough tasks for many cores, from the shape alone: the order of sums, hence the result, is always the same.
         groups = min(-(-E // 64), -(-16 // batch))
-        du, ddt, dz = torch.empty(batch, L, E), torch.empty(batch, L, E), None if z is None else torch.empty(batch, L, E)
+        du, ddt, dz = (
+            torch.empty(batch, L, E),
+            torch.empty(batch, L, E),
+            None if z is None else torch.empty(batch, L, E),
+        )
         dA, dinitial, dD, dbias = (torch.empty(batch, *shape) for shape in ((N, E), (N, E), (E,), (E,)))
         dB, dC = torch.empty(groups * batch, L, N), torch.empty(groups * batch, L, N)
         scan_kernels.backward(
             batch * groups,
             (groups, batch, L, E, N, ctx.use_softplus),
-            (u, dt, A, B, C, D, z, bias, saved, aligned(dy), aligned(dlast), du, ddt, dA, dB, dC, dD, dz, dbias, dinitial),
+            (
+                u,
+                dt,
+                A,
+                B,
+                C,
+                D,
+                z,
+                bias,
+                saved,
+                aligned(dy),
+                aligned(dlast),
+                du,
+                ddt,
+                dA,
+                dB,
+                dC,
+                dD,
+                dz,
+                dbias,
+                dinitial,
+            ),
             scratch=scan_kernels.backward_scratch(N, -(-E // 16 // groups)),
             work=batch * L * E * N * 4,
         )
@@ -77,8 +104,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """The Mamba-1 recurrence (Gu and Dao 2023, algorithm 2), differentiable in every tensor.
 
-    Args: u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N), zero if None. CPU tensors of
-    float32, bfloat16 or float16; arithmetic is in float32.
+    Args: u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N), zero if
+    None. CPU tensors of float32, bfloat16 or float16; arithmetic is in float32.
     Returns: y (B, L, E) in u's dtype, and the state after the last token (B, E, N) in float32.
     Matches mamba_ssm's `selective_scan_fn`, here with the channels last.
     """

@@ -1,11 +1,12 @@
 """Sixteen float32 lanes as one numba value: the arithmetic that the CPU scans are written in.
 
-`Float32x16` is LLVM's `<16 x float>`; the compiler lowers it to whatever the machine has (one AVX-512, two AVX2 or four NEON
-registers), so vectorisation does not depend on an optimiser's mood. Memory is addressed by an integer address and an offset
-counted in floats, which lets a kernel read slices of larger tensors where they lie.
+`Float32x16` is LLVM's `<16 x float>`; the compiler lowers it to whatever the machine has (one AVX-512, two AVX2 or four
+NEON registers), so vectorisation does not depend on an optimiser's mood. Memory is addressed by an integer address and
+an offset counted in floats, which lets a kernel read slices of larger tensors where they lie.
 
-`exp2` is accurate to 8e-8 (relative), exact at zero, and passes NaN on; arguments are clamped to [-126, 127], so it never returns 0 or
-infinity. `softplus` has no threshold. Fast-math must stay off in kernels: it would fold the rounding by a magic number away.
+`exp2` is accurate to 8e-8 (relative), exact at zero, and passes NaN on; arguments are clamped to [-126, 127], so it
+never returns 0 or infinity. `softplus` has no threshold. Fast-math must stay off in kernels: it would fold the rounding
+by a magic number away.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LANES = 16
 
-# Numba keys its disk cache on a kernel's own file; kernels close over this so that an edit here recompiles them.
-STAMP = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+# Numba keys its disk cache on a kernel's own file; kernels close over this, so that an edit here recompiles them too.
+_SHARED = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "threads.py"))
+STAMP = hashlib.sha256(_SHARED).hexdigest()[:16]
 
 LOG2_E = 1.4426950408889634
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it rounds a float32 to the nearest integer, kept in the low mantissa bits
@@ -38,11 +40,11 @@ _EXP2 = (
     0.0013399930903688073,
     0.0001534581242594868,
 )
-# 2 * atanh(s) / s in powers of s**2 on [0, 1/9], Chebyshev interpolation of degree 4: log1p(y) = 2 * atanh(y / (y + 2)).
+# 2 * atanh(s) / s in powers of s**2 on [0, 1/9], Chebyshev fit of degree 4: log1p(y) = 2 * atanh(y / (y + 2)).
 _LOG1P = (2.0, 0.6666623950004578, 0.40026476979255676, 0.2795262336730957, 0.2816714346408844)
 
 
-class Float32x16(types.Type):  # type: ignore[misc]
+class Float32x16(types.Type):
     """Numba's type of sixteen float32 lanes."""
 
     def __init__(self) -> None:
@@ -56,7 +58,7 @@ _LANE_0 = ir.Constant(ir.IntType(32), 0)
 
 
 @register_model(Float32x16)
-class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x16Model(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: types.Type) -> None:
         super().__init__(manager, numba_type, _FLOATS)
 
@@ -133,20 +135,18 @@ def _flush(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def _lanewise(emit: Callable[..., ir.Value], arity: int, doc: str, result: types.Type = float32x16) -> Any:
-    """A numba function of `arity` vectors, emitted by `emit`."""
+    """A numba function of one or three vectors, emitted by `emit`."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
         return emit(builder, *arguments)
 
-    if arity == 1:
+    def of_one(typing_context: Any, x: types.Type) -> Any:
+        return result(float32x16), generate
 
-        def typer(typing_context: Any, x: types.Type) -> Any:
-            return result(float32x16), generate
-    else:
+    def of_three(typing_context: Any, x: types.Type, y: types.Type, z: types.Type) -> Any:
+        return result(float32x16, float32x16, float32x16), generate
 
-        def typer(typing_context: Any, x: types.Type, y: types.Type, z: types.Type) -> Any:  # type: ignore[misc]
-            return result(float32x16, float32x16, float32x16), generate
-
+    typer = of_one if arity == 1 else of_three
     typer.__doc__ = doc
     return intrinsic(typer)
 
@@ -164,7 +164,7 @@ def load(typing_context: Any, address: types.Type, offset: types.Type) -> Any:
     """Sixteen floats at `offset` floats after `address`; no alignment needed."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
-        return builder.load(_pointer(builder, *arguments, _FLOATS), align=4)
+        return builder.load(_pointer(builder, arguments[0], arguments[1], _FLOATS), align=4)
 
     return float32x16(types.int64, types.int64), generate
 
@@ -174,7 +174,7 @@ def store(typing_context: Any, address: types.Type, offset: types.Type, value: t
     """Write sixteen floats at `offset` floats after `address`."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
-        builder.store(arguments[2], _pointer(builder, *arguments[:2], _FLOATS), align=4)
+        builder.store(arguments[2], _pointer(builder, arguments[0], arguments[1], _FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, float32x16), generate
@@ -185,7 +185,7 @@ def store_scalar(typing_context: Any, address: types.Type, offset: types.Type, v
     """Write one float at `offset` floats after `address`."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
-        builder.store(arguments[2], _pointer(builder, *arguments[:2], ir.FloatType()))
+        builder.store(arguments[2], _pointer(builder, arguments[0], arguments[1], ir.FloatType()))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
@@ -196,7 +196,7 @@ def load_scalar(typing_context: Any, address: types.Type, offset: types.Type) ->
     """The float32 at `offset` floats after `address`."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
-        return builder.load(_pointer(builder, *arguments, ir.FloatType()))
+        return builder.load(_pointer(builder, arguments[0], arguments[1], ir.FloatType()))
 
     return types.float32(types.int64, types.int64), generate
 
@@ -206,7 +206,7 @@ def spread(typing_context: Any, address: types.Type, offset: types.Type) -> Any:
     """The one float at `offset` floats after `address`, in all lanes."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
-        return _splat(builder, builder.load(_pointer(builder, *arguments, ir.FloatType())))
+        return _splat(builder, builder.load(_pointer(builder, arguments[0], arguments[1], ir.FloatType())))
 
     return float32x16(types.int64, types.int64), generate
 
@@ -228,7 +228,7 @@ def prefetch(typing_context: Any, address: types.Type, offset: types.Type) -> An
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
         byte, word = ir.IntType(8), ir.IntType(32)
         function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [byte.as_pointer(), word, word, word])
-        builder.call(function, [_pointer(builder, *arguments, byte), word(0), word(3), word(1)])
+        builder.call(function, [_pointer(builder, arguments[0], arguments[1], byte), word(0), word(3), word(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -244,7 +244,8 @@ def transpose_tile(
         source, source_row, target, target_row = arguments
         index = [ir.Constant(source_row.type, i) for i in range(LANES)]
         tile = [
-            builder.load(_pointer(builder, source, builder.mul(source_row, index[i]), _FLOATS), align=4) for i in range(LANES)
+            builder.load(_pointer(builder, source, builder.mul(source_row, index[i]), _FLOATS), align=4)
+            for i in range(LANES)
         ]
         for distance in (8, 4, 2, 1):  # swap the off-diagonal quarters of ever smaller squares
             low = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
@@ -264,10 +265,10 @@ def _operator(symbol: Callable[[Any, Any], Any], instruction: str) -> None:
     """Give `Float32x16` a binary operator."""
 
     @infer_global(symbol)
-    class _Typing(ConcreteTemplate):  # type: ignore[misc]
-        cases = [signature(float32x16, float32x16, float32x16)]
+    class _Typing(ConcreteTemplate):
+        cases = (signature(float32x16, float32x16, float32x16),)
 
-    @lower_builtin(symbol, Float32x16, Float32x16)  # type: ignore[untyped-decorator]
+    @lower_builtin(symbol, Float32x16, Float32x16)
     def _lower(context: Any, builder: ir.IRBuilder, sig: Any, arguments: tuple[ir.Value, ...]) -> ir.Value:
         return getattr(builder, instruction)(*arguments)
 

@@ -2,9 +2,10 @@
 
     h[t] = exp(delta[t] * A) * h[t-1] + delta[t] * x[t] B[t]^T,   y[t] = C[t] . h[t] + D * x[t]
 
-with one decay per head and delta = clamp(softplus(dt + dt_bias)). On a CPU the plain recurrence beats the chunked matrix form: no
-exponential is left in the inner loop, and no matrix of token pairs is ever formed. torch computes delta and the decays (one number per token and head);
-the kernels (`ssd_kernels.py`) do the rest. The forward keeps the state every 32 steps; the backward recomputes the states in between.
+with one decay per head and delta = clamp(softplus(dt + dt_bias)). On a CPU the plain recurrence beats the chunked
+matrix form: no exponential is left in the inner loop, and no matrix of token pairs is ever formed. torch computes delta
+and the decays (one number per token and head); the kernels (`ssd_kernels.py`) do the rest. The forward keeps the state
+every 32 steps; the backward recomputes the states in between.
 B batch, L tokens, H heads, P head width, G groups, N state size.
 """
 
@@ -20,10 +21,12 @@ from .layout import aligned, needs_gradient, pad_channels
 
 
 class _Recurrence(torch.autograd.Function):
-    """The recurrence as autograd sees it: P and N multiples of 16, x (B, L, H*P), B and C (B, L, G*N), states (B, H*P, N)."""
+    """The recurrence as autograd sees it: P and N multiples of 16, x (B, L, H*P), B and C (B, L, G*N), states (B, H*P,
+    N)."""
 
     @staticmethod
-    def forward(ctx: Any, x, delta, decay, B, C, D, initial, groups, keep):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        x, delta, decay, B, C, D, initial, groups, keep = inputs
         batch, L, H = delta.shape
         E, N = x.shape[-1], initial.shape[-1]
         x, B, C, initial = (aligned(tensor) for tensor in (x, B, C, initial))
@@ -42,19 +45,45 @@ class _Recurrence(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor):  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> Any:
         x, delta, decay, B, C, D, saved = ctx.saved_tensors
         batch, L, H = delta.shape
         E, N, G = x.shape[-1], saved.shape[-1], ctx.groups
-        # Enough tasks for many cores, from the shape alone: the sums' order, hence the result, is the same on any machine.
+        # Enough tasks for many cores, from the shape alone: the order of sums, hence the result, is always the same.
         parts = min(H // G, -(-16 // (batch * G)))
-        dx, ddelta, ddecay, dD = torch.empty(batch, L, E), torch.empty(batch, L, H), torch.empty(batch, L, H), torch.empty(batch, H)
-        dB, dC, dinitial = torch.empty(parts * batch, L, G * N), torch.empty(parts * batch, L, G * N), torch.empty(batch, E, N)
+        dx, ddelta, ddecay, dD = (
+            torch.empty(batch, L, E),
+            torch.empty(batch, L, H),
+            torch.empty(batch, L, H),
+            torch.empty(batch, H),
+        )
+        dB, dC, dinitial = (
+            torch.empty(parts * batch, L, G * N),
+            torch.empty(parts * batch, L, G * N),
+            torch.empty(batch, E, N),
+        )
         ssd_kernels.backward(
             batch * G * parts,
             (parts, batch, L, H, E // H, N, G),
-            (x, delta, decay, B, C, D, saved, aligned(dy), dlast.contiguous(), dx, ddelta, ddecay, dB, dC, dD, dinitial),
+            (
+                x,
+                delta,
+                decay,
+                B,
+                C,
+                D,
+                saved,
+                aligned(dy),
+                dlast.contiguous(),
+                dx,
+                ddelta,
+                ddecay,
+                dB,
+                dC,
+                dD,
+                dinitial,
+            ),
             scratch=ssd_kernels.backward_scratch(N),
             work=batch * L * E * N,
         )
@@ -76,8 +105,9 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The Mamba-2 recurrence (Dao and Gu 2024, SSD), differentiable in every tensor.
 
-    Args: x (B, L, H, P); dt (B, L, H); A (H,), negative; B, C (B, L, G, N); D, dt_bias (H,); initial_state (B, H, P, N), zero if None;
-    dt_limit clamps the step size after softplus. CPU tensors of float32, bfloat16 or float16; arithmetic is in float32.
+    Args: x (B, L, H, P); dt (B, L, H); A (H,), negative; B, C (B, L, G, N); D, dt_bias (H,); initial_state (B, H, P,
+    N), zero if None; dt_limit clamps the step size after softplus. CPU tensors of float32, bfloat16 or float16;
+    arithmetic is in float32.
     Returns: y (B, L, H, P) in x's dtype, and the state after the last token (B, H, P, N) in float32.
     Matches mamba_ssm's `mamba_chunk_scan_combined` (without z: Mamba-2's gate belongs to the norm behind it).
     """

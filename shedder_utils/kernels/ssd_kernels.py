@@ -1,11 +1,11 @@
 """The numba kernels of the Mamba-2 recurrence, forward and backward; `ssd.py` says what they compute.
 
-The forward gives each vector sixteen channels of a head: its task is one sequence, one head and 32 channels, with time as the outer loop and
-the state (N x 32) in the first-level cache. The backward gives each vector sixteen elements of the state, because dB and dC are sums over
-channels: its task is one sequence and some heads of a group, four channels at a time, chunks from the last to the first, the chunk's states
-recomputed before the adjoint recurrence runs.
-B batch, L tokens, H heads, P head width, G groups, N state size. Tensors: x, y, dy, dx (B, L, H*P); delta, decay = exp(delta * A) and their
-gradients (B, L, H); B, C (B, L, G*N); D (H,); states (B, H*P, N); saved (B, chunks*H*P, N).
+The forward gives each vector sixteen channels of a head: its task is one sequence, one head and 32 channels, with time
+as the outer loop and the state (N x 32) in the first-level cache. The backward gives each vector sixteen elements of
+the state, because dB and dC are sums over channels: its task is one sequence and some heads of a group, four channels
+at a time, chunks from the last to the first, the chunk's states recomputed before the adjoint recurrence runs.
+B batch, L tokens, H heads, P head width, G groups, N state size. Tensors: x, y, dy, dx (B, L, H*P); delta, decay =
+exp(delta * A) and their gradients (B, L, H); B, C (B, L, G*N); D (H,); states (B, H*P, N); saved (B, chunks*H*P, N).
 """
 
 from typing import Any
@@ -14,8 +14,19 @@ import numpy as np
 from numba import njit
 
 from .simd import (
-    STAMP, fill, flush, fma, load, load_scalar, prefetch, spread, store, store_scalar, total, transpose_tile,
-)  # fmt: skip
+    STAMP,
+    fill,
+    flush,
+    fma,
+    load,
+    load_scalar,
+    prefetch,
+    spread,
+    store,
+    store_scalar,
+    total,
+    transpose_tile,
+)
 from .threads import Kernel, at, next_task, own_scratch, unpack
 
 CHUNK = 32  # steps between saved states
@@ -24,20 +35,20 @@ _AHEAD = 2  # rows to prefetch ahead
 _ZERO = np.float32(0.0)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _read_state(state, N, source, source_row):
     """Sixteen channels of a state, (16, N) in memory, into a half of the task's own (N, 32)."""
     for n in range(0, N, 16):
         transpose_tile(source + 4 * n, source_row, state + 4 * n * 32, 32)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _write_state(state, N, target, target_row):
     for n in range(0, N, 16):
         transpose_tile(state + 4 * n * 32, 32, target + 4 * n, target_row)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _forward_task(task, state, L, H, P, N, G, x, delta, decay, B, C, D, initial, y, saved, last):
     pairs = (P // 16 + 1) // 2
     b = task // (H * pairs)
@@ -77,7 +88,7 @@ def _forward_task(task, state, L, H, P, N, G, x, delta, decay, B, C, D, initial,
     _write_state(state + 64, N, at(last, b, c1), N)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _recompute_chunk(b, t0, steps, head, c, group, states, N, x, delta, decay, B):
     """States (steps + 1, _TILE, N) of one chunk and tile of channels, from the state at its start in `states`."""
     for t in range(steps):
@@ -90,7 +101,7 @@ def _recompute_chunk(b, t0, steps, head, c, group, states, N, x, delta, decay, B
                 store(after, n, fma(a, load(before, n), scaled * load(B_t, n - p * N)))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def _reverse_vector(states, after, adjoint, a, dy, scaled, B_n, C_n, dB_n, dC_n, dscaled, ddecay):
     """Sixteen elements of one channel's state, one step back in time; returns the four sums it adds to."""
     dh = fma(dy, C_n, load(adjoint, 0))
@@ -98,9 +109,10 @@ def _reverse_vector(states, after, adjoint, a, dy, scaled, B_n, C_n, dB_n, dC_n,
     return fma(scaled, dh, dB_n), fma(dy, load(after, 0), dC_n), fma(dh, B_n, dscaled), fma(dh, load(states, 0), ddecay)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def _reverse_step(states, adjoint, sums, N, a, step, x_t, dy_t, B_t, C_t, dB_t, dC_t):
-    """One step back in time for a tile of channels; returns the lanes of d(decay), leaves those of d(delta * x) in `sums`."""
+    """One step back in time for a tile of channels; returns the lanes of d(decay), leaves those of d(delta * x) in
+    `sums`."""
     row = 4 * N
     after = states + _TILE * row
     dy_0, dy_1, dy_2, dy_3 = spread(dy_t, 0), spread(dy_t, 1), spread(dy_t, 2), spread(dy_t, 3)
@@ -125,11 +137,11 @@ def _reverse_step(states, adjoint, sums, N, a, step, x_t, dy_t, B_t, C_t, dB_t, 
     return ddecay
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _reverse_chunk(
     b, t0, steps, head, c, group, states, adjoint, sums, ddecays, N, x, delta, decay, B, C, D, dy, dx, ddelta, dB, dC
-):  # fmt: skip
-    """Gradients of one chunk and tile of channels; `adjoint` is dloss/dh and runs backwards in time. Returns the tile's part of dD."""
+):
+    """Gradients of one chunk and tile of channels; `adjoint` is dloss/dh, running backwards. Returns its part of dD."""
     dD = _ZERO
     skip = load_scalar(D[0], head)
     for t in range(steps - 1, -1, -1):
@@ -150,10 +162,11 @@ def _reverse_chunk(
     return dD
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _backward_head(
-    b, chunk, steps, head, group, scratch, adjoints, P, N, H, x, delta, decay, B, C, D, saved, dy, dx, ddelta, ddecay, dB, dC
-):  # fmt: skip
+    b, chunk, steps, head, group, scratch, adjoints, P, N, H,
+    x, delta, decay, B, C, D, saved, dy, dx, ddelta, ddecay, dB, dC,
+):
     """One head of one chunk, tile after tile; returns its part of dD."""
     t0 = chunk * CHUNK
     sums, ddecays = scratch, scratch + 4 * 16 * _TILE
@@ -169,20 +182,20 @@ def _backward_head(
             store(adjoint, n, flush(load(adjoint, n)))
         _recompute_chunk(b, t0, steps, head, head * P + p, group, states, N, x, delta, decay, B)
         dD += _reverse_chunk(
-            b, t0, steps, head, head * P + p, group, states, adjoint, sums, ddecays, N, x, delta, decay, B, C, D, dy, dx, ddelta, dB, dC
+            b, t0, steps, head, head * P + p, group, states, adjoint, sums, ddecays, N,
+            x, delta, decay, B, C, D, dy, dx, ddelta, dB, dC,
         )
     for t in range(steps):
         store_scalar(at(ddecay, b, t0 + t), head, total(load(ddecays, t * 16)))
     return dD
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _backward_task(
-    task, scratch, parts, batch, L, H, P, N, G, x, delta, decay, B, C, D, saved, dy, dlast, dx, ddelta, ddecay, dB, dC, dD, dinitial
-):  # fmt: skip
-    """One sequence and one part of a group's heads; dB and dC (parts * B, L, G*N) are sums over the part.
-
-    The adjoints live in dinitial, where they end up."""
+    task, scratch, parts, batch, L, H, P, N, G, x, delta, decay, B, C, D, saved, dy, dlast,
+    dx, ddelta, ddecay, dB, dC, dD, dinitial,
+):
+    """One sequence and some heads of a group; dB and dC (parts * B, L, G*N) sum over these. dinitial holds adjoints."""
     b = task // (G * parts)
     group = (task - b * G * parts) // parts
     part = task % parts
@@ -203,7 +216,7 @@ def _backward_task(
             dD_head = _backward_head(
                 b, chunk, steps, head, group * N, scratch, at(dinitial, b, head * P), P, N, H,
                 x, delta, decay, B, C, D, saved, dy, dx, ddelta, ddecay, dB_b, dC_b,
-            )  # fmt: skip
+            )
             store_scalar(at(dD, b, 0), head, load_scalar(at(dD, b, 0), head) + dD_head)
 
 

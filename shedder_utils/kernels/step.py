@@ -1,8 +1,9 @@
-"""One token's update of the cached states on the CPU, for decoding: Mamba-1 and Mamba-2 states, and the convolution's window.
+"""One token's update of the cached states on the CPU, for decoding: Mamba-1 and Mamba-2 states, and the convolution's
+window.
 
-These run on transformers' own cache layout, state size innermost, so the sixteen lanes lie along the state and each channel's output is a
-horizontal sum. In place and not differentiable. B batch, R channels (Mamba-1: E; Mamba-2: heads times head width), G groups, N state size,
-K convolution taps.
+These run on transformers' own cache layout, state size innermost, so the sixteen lanes lie along the state and each
+channel's output is a horizontal sum. In place and not differentiable. B batch, R channels (Mamba-1: E; Mamba-2: heads
+times head width), G groups, N state size, K convolution taps.
 """
 
 from typing import Any
@@ -14,15 +15,29 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .simd import (
-    LANES, LOG2_E, STAMP, exp2, fill, flush, fma, load, load_scalar, sigmoid, softplus, spread, store, store_scalar, total,
-)  # fmt: skip
+    LANES,
+    LOG2_E,
+    STAMP,
+    exp2,
+    fill,
+    flush,
+    fma,
+    load,
+    load_scalar,
+    sigmoid,
+    softplus,
+    spread,
+    store,
+    store_scalar,
+    total,
+)
 from .threads import Kernel, at, next_task, own_scratch, unpack
 
 _SCALE = np.float32(LOG2_E)
 _ZERO = np.float32(0.0)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _state_task(task, scratch, R, G, N, one_decay, use_softplus, state, x, dt, A, B, C, D, z, bias, y):
     """Sixteen channels of one sequence."""
     blocks = R // 16
@@ -54,7 +69,7 @@ def _state_task(task, scratch, R, G, N, one_decay, use_softplus, state, x, dt, A
     store(at(y, b, 0), r0, out)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def _window_task(task, scratch, C, K, silu, window, x, weight, bias, y):
     """Sixteen channels of one sequence: move their windows on by one token, then convolve."""
     blocks = C // 16
@@ -96,8 +111,9 @@ _update_state, _update_window = _kernels(STAMP)
 
 
 def can_update(state: Tensor, channels: int, lanes: int) -> bool:
-    """Whether these kernels can update `state`: float32, contiguous, sixteen-fold widths, nothing for autograd to record."""
-    return state.dtype == torch.float32 and state.is_contiguous() and not (channels % LANES or lanes % LANES or torch.is_grad_enabled())
+    """Whether these kernels can update `state`: float32, contiguous, widths multiples of 16, and no autograd."""
+    fits = channels % LANES == 0 and lanes % LANES == 0
+    return fits and state.dtype == torch.float32 and state.is_contiguous() and not torch.is_grad_enabled()
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -105,10 +121,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def state_update(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor, softplus: bool
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+    softplus: bool,
 ) -> Tensor:
-    """Advance `state` (B, R, N) by one token, in place, and return the output (B, R), float32.
+    """Advance `state` (B, R, N) by one token, in place.
 
+    Returns: the output (B, R), float32.
     Args: x, dt, z (B, R); A (R, N), or (R,) where a channel has one decay; B, C (B, G, N); D, dt_bias (R,).
     """
     batch, R, N = state.shape
@@ -116,15 +134,16 @@ def state_update(
     z = None if z is None else _flat(z)
     y = torch.empty(batch, R)
     A = A.view(R, -1)
-    integers = R, B.shape[1], N, A.shape[1] == 1, softplus
-    _update_state(batch * R // LANES, integers, (state, x, dt, A, B, C, D, z, dt_bias, y), scratch=48, work=batch * R * N)
+    integers, tensors = (R, B.shape[1], N, A.shape[1] == 1, softplus), (state, x, dt, A, B, C, D, z, dt_bias, y)
+    _update_state(batch * R // LANES, integers, tensors, scratch=48, work=batch * R * N)
     increment_version(state)
     return y
 
 
 def window_update(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    """Advance the convolution's `window` (B, C, K) by the token x (B, C), in place, and return the output (B, C), float32.
+    """Advance the convolution's `window` (B, C, K) by the token x (B, C), in place.
 
+    Returns: the output (B, C), float32.
     Args: weight (C, K), the last tap being the new token's; bias (C,).
     """
     batch, C, K = window.shape

@@ -2,13 +2,13 @@
 
 A kernel is a C function of one pointer, to an array of int64:
 
-    [0] next task   [1] next worker   [2] tasks   [3] scratch address   [4] scratch bytes per worker   [5:] integers, tensors
+    [0] next task   [1] next worker   [2] tasks   [3] scratch address   [4] scratch bytes per worker   [5:] arguments
 
 Every worker calls the same function on the same array and draws task numbers from it until none is left, so any set of
-threads will do and no Python runs inside. On Linux the threads are those of the OpenMP library that torch itself uses (`GOMP_parallel`):
-a second pool would compete with torch's workers, which keep spinning on their cores for a while after each matrix product. Elsewhere a
-Python thread pool calls the function. A forked child (a DataLoader worker) runs kernels on its own thread only: OpenMP's workers do not
-survive a fork.
+threads will do and no Python runs inside. On Linux the threads are those of the OpenMP library that torch itself uses
+(`GOMP_parallel`): a second pool would compete with torch's workers, which keep spinning on their cores for a while
+after each matrix product. Elsewhere a Python thread pool calls the function. A forked child (a DataLoader worker) runs
+kernels on its own thread only: OpenMP's workers do not survive a fork.
 """
 
 import ctypes
@@ -67,20 +67,20 @@ def unpack(typing_context: Any, array: types.Type, integers: types.Type, tensors
     return result(array, integers, tensors), generate
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def at(tensor: Any, i: int, j: int) -> int:
     """Address of tensor[i, j, 0]; one or two leading dimensions may be missing, then their index is 0."""
     return tensor[0] + 4 * (tensor[1] * i + tensor[2] * j)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", forceinline=True)
 def next_task(array: Any) -> int:
     """The number of a task nobody has taken, or -1 when all are taken."""
     task = _draw(array, 0)
     return task if task < array[2] else -1
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def own_scratch(array: Any) -> int:
     """Address of this worker's part of the scratch memory."""
     return array[3] + _draw(array, 1) * array[4]
@@ -111,7 +111,7 @@ class Kernel:
     def __call__(
         self, tasks: int, integers: Sequence[int], tensors: Sequence[Tensor | None], *, scratch: int = 0, work: int
     ) -> None:
-        """Run `tasks` tasks on float32 tensors of up to three dimensions, the last one contiguous (None becomes address 0).
+        """Run `tasks` tasks on float32 tensors of up to three dimensions, the last one contiguous; None has address 0.
 
         Each worker has `scratch` floats of its own; `work` is an estimate of the whole, in vector operations.
         """

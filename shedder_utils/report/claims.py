@@ -93,8 +93,8 @@ class Verdicts:
             for item in self.items
         ]
         note = (
-            "Above 0 (differences) or ×1 (ratios) speaks for the claim. Brackets: 95 % intervals; they cover the choice of "
-            "items, not of training runs, of which there is one for each model."
+            "Above 0 (differences) or ×1 (ratios) speaks for the claim. Brackets: 95 % intervals; they cover the "
+            "choice of items, not of training runs, of which there is one for each model."
         )
         return f"**{self.title}**\n\n{markdown(('Id', 'Claim', 'Verdict', 'Why', 'Numbers'), rows)}\n{note}\n"
 

@@ -234,11 +234,12 @@ def _counts(numbers: Sequence[int]) -> str:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5."""
+    """A logarithmic y axis, after everything is drawn, with plain numbers at 1, 2, 3, 5 or at whole decades if many."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 100 * low else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

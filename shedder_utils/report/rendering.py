@@ -37,13 +37,13 @@ class Table:
         return f"**{self.title}**\n\n{markdown(self.header, self.rows)}\n{self.note}\n"
 
     def to_latex(self) -> str:
-        """A `table` that needs the package booktabs."""
+        """A `table*` as wide as the page; LaTeX numbers it itself."""
         head, *body = [" & ".join(map(escape_latex, row)) + r" \\" for row in (self.header, *self.rows)]
-        title, note = escape_latex(self.title), escape_latex(self.note)
+        title, note = escape_latex(self.title.split(". ", 1)[-1]), escape_latex(self.note)
         lines = [
-            r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{title}}}",
-            rf"\begin{{tabular}}{{{'l' * len(self.header)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
-            r"\end{tabular}", rf"\par\footnotesize {note}", r"\end{table}",
+            r"% needs \usepackage{booktabs,graphicx}", r"\begin{table*}", rf"\caption{{{title}}}",
+            r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(self.header)}}}", r"\toprule",
+            head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", rf"\par\footnotesize {note}", r"\end{table*}",
         ]  # fmt: skip
         return "\n".join(lines) + "\n"
 
