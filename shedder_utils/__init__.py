@@ -13,7 +13,7 @@ from .removal import components, removed
 from .search import search
 
 __all__ = [
-    "Calibration", "Component", "DataError", "ModelError", "Plan", "PlanError", "ProfileError", "RecordError", "Removal",
-    "Scores", "ShedderError", "Stage", "calibrate", "components", "describe", "evaluate", "kernels", "load_model", "perplexity",
-    "removed", "search",
+    "Calibration", "Component", "DataError", "ModelError", "Plan", "PlanError", "ProfileError", "RecordError",
+    "Removal", "Scores", "ShedderError", "Stage", "calibrate", "components", "describe", "evaluate", "kernels",
+    "load_model", "perplexity", "removed", "search",
 ]  # fmt: skip

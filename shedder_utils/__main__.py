@@ -10,7 +10,9 @@ import typer
 
 from .errors import ShedderError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Mamba-Shedder, reproduced.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Mamba-Shedder, reproduced.", pretty_exceptions_enable=False
+)
 
 Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")]
 Output = Annotated[Path, typer.Option(help="The folder for records, tables, figures and notebooks.")]

@@ -77,12 +77,14 @@ def calibrate(
 ) -> Calibration:
     """Draw `samples` texts with `seed`, and cut their tokens into batches of (batch_size, sequence_length).
 
-    source: a data name (`POOLS`), a .jsonl or .jsonl.gz file with a column `text`, a .txt file with paragraphs, or a list of texts.
-    The last batch may hold fewer sequences. Raises DataError if the source is missing or too small.
+    source: a data name (`POOLS`), a .jsonl or .jsonl.gz file with a column `text`, a .txt file with paragraphs, or a
+    list of texts. The last batch may hold fewer sequences. Raises DataError if the source is missing or too small.
     """
     pool = list(source) if not isinstance(source, (str, Path)) else _read(source)
     if len(pool) < samples:
-        raise DataError(f"calibration source {_name(source)} has {len(pool)} texts, {samples} were asked for: ask for fewer")
+        raise DataError(
+            f"calibration source {_name(source)} has {len(pool)} texts, {samples} were asked for: ask for fewer"
+        )
     text = "\n\n".join(random.Random(seed).sample(pool, samples))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     count = len(ids) // sequence_length
@@ -110,7 +112,9 @@ def _read(source: str | Path) -> list[str]:
             return [json.loads(line)["text"] for line in content.splitlines() if line]
     except OSError as error:
         names = ", ".join(POOLS)
-        raise DataError(f"calibration source {source}: no such file or data name, expected a path or {names}") from error
+        raise DataError(
+            f"calibration source {source}: no such file or data name, expected a path or {names}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"calibration source {source}: expected JSON lines with a column 'text'") from error
     return [paragraph.strip() for paragraph in content.split("\n\n") if paragraph.strip()]

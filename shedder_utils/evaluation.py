@@ -1,7 +1,7 @@
 """Evaluation: lm-eval's own numbers, with their standard errors, for a model in memory.
 
-The model runs through lm-eval's `simple_evaluate` and `HFLM`; nothing of the harness is replaced. Which metric of a task
-is a column of the paper's tables stands in a profile (`paper.yaml`, metric_seven).
+The model runs through lm-eval's `simple_evaluate` and `HFLM`; nothing of the harness is replaced. Which metric of a
+task is a column of the paper's tables stands in a profile (`paper.yaml`, metric_seven).
 """
 
 from __future__ import annotations
@@ -75,13 +75,17 @@ def _resolve(tasks: Sequence[str]) -> list[str | dict[str, Any]]:
         known = TaskManager().all_tasks
         unknown = [task for task in own if task not in known]
         if unknown:
-            raise DataError(f"task {unknown[0]!r} does not exist: expected one of {', '.join(TASKS)} or a task of lm-eval")
+            raise DataError(
+                f"task {unknown[0]!r} does not exist: expected one of {', '.join(TASKS)} or a task of lm-eval"
+            )
     return [*task_configs(tuple(task for task in tasks if task in TASKS)), *own]
 
 
 def _metrics(found: dict[str, Any]) -> list[tuple[str, float]]:
     """The metrics among what lm-eval reports for a task, without their standard errors."""
-    return [(key.split(",")[0], value) for key, value in found.items() if key.endswith(",none") and "_stderr" not in key]
+    return [
+        (key.split(",")[0], value) for key, value in found.items() if key.endswith(",none") and "_stderr" not in key
+    ]
 
 
 def _stderr(value: float | str) -> float:

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Files: where the project is, and writing one whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import RecordError
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The project's folder, which holds `notebooks/`, `pocket/`, `results/` and `runs/`."""
+
+
+def in_project(path: str | Path) -> Path:
+    """A relative path from the project's root, so that notebooks find the records from any folder."""
+    return ROOT / path
 
 
 def write_atomically(target: Path, text: str) -> None:

@@ -77,7 +77,9 @@ def _resolve(ref: str | Path) -> str:
     if str(ref).startswith("pocket-"):
         if not shipped.is_dir():
             there = sorted(folder.name for folder in (POCKET / "models").glob("*"))
-            raise ModelError(f"pocket model {ref!r} does not exist in {POCKET / 'models'}: expected one of {', '.join(there)}")
+            raise ModelError(
+                f"pocket model {ref!r} does not exist in {POCKET / 'models'}: expected one of {', '.join(there)}"
+            )
         return str(shipped)
     return str(ref)
 
@@ -86,10 +88,14 @@ def _config(folder: str, revision: str | None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {folder}: no usable configuration ({_first_line(error)}): check the name or path") from error
+        raise ModelError(
+            f"model {folder}: no usable configuration ({_first_line(error)}): check the name or path"
+        ) from error
     if config.model_type not in FAMILIES:
         covered = ", ".join(FAMILIES)
-        raise ModelError(f"model {folder} is of type {config.model_type!r}, which is not covered: expected one of {covered}")
+        raise ModelError(
+            f"model {folder} is of type {config.model_type!r}, which is not covered: expected one of {covered}"
+        )
     return config
 
 
@@ -103,14 +109,18 @@ def _weights(folder: str, config: PretrainedConfig, dtype: torch.dtype, revision
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model {folder}: weights cannot be read ({_first_line(error)}): expected whole safetensors") from error
+        raise ModelError(
+            f"model {folder}: weights cannot be read ({_first_line(error)}): expected whole safetensors"
+        ) from error
     finally:
         reports.setLevel(level)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(str(key) for key in info[problem])
         if found:
             what = problem.replace("_", " ").replace("keys", "tensors")
-            raise ModelError(f"model {folder}: {len(found)} {what}, such as {found[0]}: the checkpoint is not whole or of another shape")
+            raise ModelError(
+                f"model {folder}: {len(found)} {what}, such as {found[0]}: expected a whole checkpoint of this shape"
+            )
     return model
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from . import profiles, report
 from .errors import ProfileError, ShedderError
+from .files import ROOT, in_project
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 
 
-def run(profile: str, *, models: Sequence[str] = (), studies: Sequence[str] = (), output: str | Path = "runs") -> list[Path]:
+def run(
+    profile: str, *, models: Sequence[str] = (), studies: Sequence[str] = (), output: str | Path = "runs"
+) -> list[Path]:
     """Execute the notebooks of some studies, or all; return the tables and figures they leave.
 
     profile: a name or a path; models: names in it, none for all; output: the folder for records, tables, figures and
@@ -30,11 +32,14 @@ def run(profile: str, *, models: Sequence[str] = (), studies: Sequence[str] = ()
     _known("study", studies, settings.studies)
     chosen = [file for file in sorted(FOLDER.glob("[0-9]*.ipynb")) if not studies or set(studies) & set(_studies(file))]
     print(f"profile {settings.name}: {settings.title}", file=sys.stderr)
-    print(f"models: {', '.join(models or settings.models)}; notebooks: {', '.join(f.stem for f in chosen)}", file=sys.stderr)
+    print(
+        f"models: {', '.join(models or settings.models)}; notebooks: {', '.join(f.stem for f in chosen)}",
+        file=sys.stderr,
+    )
     for number, file in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {file.stem}", file=sys.stderr, flush=True)
         parameters = {"profile": profile, "models": ",".join(models), "output": str(output)}
-        execute(file, Path(output) / "notebooks" / settings.name / file.name, parameters)
+        execute(file, in_project(output) / "notebooks" / settings.name / file.name, parameters)
     return report.build(profile, output)
 
 
@@ -57,7 +62,9 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
             stderr_file=sys.stderr,
         )  # fmt: skip
     except PapermillExecutionError as error:
-        raise ShedderError(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}") from error
+        raise ShedderError(
+            f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}"
+        ) from error
 
 
 def _studies(notebook: Path) -> list[str]:

@@ -11,8 +11,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-PACKAGES = {"torch": "torch", "transformers": "transformers", "lm_eval": "lm_eval", "numba": "numba",
-            "shedder_utils": "mamba-shedder-companion"}
+PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "lm_eval": "lm_eval",
+    "numba": "numba",
+    "shedder_utils": "mamba-shedder-companion",
+}
 
 
 class _Facts(BaseModel):
@@ -60,8 +65,14 @@ def environment(scan: str | None = None, device: str = "cpu") -> Environment:
 
         scan = kernels.active()
     versions = {name: _version(package) for name, package in PACKAGES.items()}
-    return Environment(python=platform.python_version(), device=device, cpu=_cpu_name(), scan=scan,
-                       threads=torch.get_num_threads(), **versions)
+    return Environment(
+        python=platform.python_version(),
+        device=device,
+        cpu=_cpu_name(),
+        scan=scan,
+        threads=torch.get_num_threads(),
+        **versions,
+    )
 
 
 def code_version() -> Code:

@@ -7,9 +7,7 @@ repeated. A file is replaced whole or not at all, and one that was changed by ha
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from .errors import RecordError
+from .files import write_atomically
 from .provenance import Code, Cost, Environment, Meter, code_version, environment
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -112,18 +111,7 @@ def write(root: str | Path, record: Record) -> Path:
     Raises RecordError when it cannot be stored, such as on a full disk; a record that was there stays.
     """
     target = _path_of(root, record)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(_render(json.loads(record.model_dump_json(by_alias=True))))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RecordError(f"{target}: cannot be stored ({error.strerror}); what was there before is kept") from error
+    write_atomically(target, _render(json.loads(record.model_dump_json(by_alias=True))))
     return target
 
 
@@ -170,11 +158,33 @@ def find(
 
 def fold(root: str | Path, *, profile: str = "*", study: str = "*", model: str = "*") -> pd.DataFrame:
     """One row for each metric of each record: its names, removals, parameters, value, stderr and n."""
-    columns = ("profile", "study", "model", "setting", "n_removed", "parameters_dense", "parameters", "metric", "value",
-               "stderr", "n")
+    columns = (
+        "profile",
+        "study",
+        "model",
+        "setting",
+        "n_removed",
+        "parameters_dense",
+        "parameters",
+        "metric",
+        "value",
+        "stderr",
+        "n",
+    )
     rows = [
-        (record.profile, record.study, record.model.name, record.setting, len(record.model.removals),
-         record.model.parameters_dense, record.model.parameters, name, metric.value, metric.stderr, metric.n)
+        (
+            record.profile,
+            record.study,
+            record.model.name,
+            record.setting,
+            len(record.model.removals),
+            record.model.parameters_dense,
+            record.model.parameters,
+            name,
+            metric.value,
+            metric.stderr,
+            metric.n,
+        )
         for record in find(root, profile=profile, study=study, model=model)
         for name, metric in record.metrics.items()
     ]

@@ -48,7 +48,9 @@ def check(model: PreTrainedModel, gone: Sequence[Component]) -> None:
         if count > 1:
             raise PlanError(f"{component} is removed {count} times: remove it once")
         if component.kind == "ssm" and Component("mamba_block", component.index) in gone:
-            raise PlanError(f"{component} lies in mamba_block:{component.index}, which is removed too: drop one of them")
+            raise PlanError(
+                f"{component} lies in mamba_block:{component.index}, which is removed too: drop one of them"
+            )
 
 
 @contextmanager

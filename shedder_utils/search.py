@@ -192,5 +192,7 @@ def _resumed(found: Plan, wanted: Plan, path: Path) -> Plan:
     )
     for name, theirs, ours in settings:
         if theirs != ours:
-            raise PlanError(f"checkpoint {path} is of another search: {name} is {theirs}, expected {ours}; delete or move it")
+            raise PlanError(
+                f"checkpoint {path} is of another search: {name} is {theirs}, expected {ours}; delete or move it"
+            )
     return found

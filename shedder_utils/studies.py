@@ -18,6 +18,7 @@ from .components import Component
 from .errors import ProfileError
 from .evaluation import evaluate
 from .families import family_of, random_model
+from .files import in_project
 from .importance import perplexity
 from .loading import fingerprint, load_model
 from .plan import Plan, Stage
@@ -33,15 +34,18 @@ DENSE, SEARCH = "dense", "search"
 class Workbench:
     """One model of a profile with its data, and where its records go.
 
-    profile: a name or a path; model: a name in it; output: the folder of the records (`runs`); force: compute again what
+    profile: a name or a path; model: a name in it; output: the folder of the records, from the project's root;
+    force: compute again what
     is recorded. Raises ProfileError for a model that the profile does not have.
     """
 
     def __init__(self, profile: str | Path, model: str, output: str | Path = "runs", *, force: bool = False) -> None:
         self.profile = profiles.load(profile)
         if model not in self.profile.models:
-            raise ProfileError(f"profile {profile}: no model {model!r}, expected one of {', '.join(self.profile.models)}")
-        self.name, self.output, self.force = model, Path(output), force
+            raise ProfileError(
+                f"profile {profile}: no model {model!r}, expected one of {', '.join(self.profile.models)}"
+            )
+        self.name, self.output, self.force = model, in_project(output), force
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,9 +96,14 @@ class Workbench:
         total = self.model.num_parameters()
         dead = sum(family.dead_parameters(self.model, component) for component in gone)
         model = ModelFacts(
-            name=self.name, ref=settings.ref or f"random:{self.name}", dtype=str(self.model.dtype).removeprefix("torch."),
-            fingerprint=self._fingerprint, parameters_dense=total, parameters=total - dead, removals=tuple(map(str, gone)),
-        )  # fmt: skip
+            name=self.name,
+            ref=settings.ref or f"random:{self.name}",
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            fingerprint=self._fingerprint,
+            parameters_dense=total,
+            parameters=total - dead,
+            removals=tuple(map(str, gone)),
+        )
         request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
         return recorded(self.output, request, lambda: compute(request), force=self.force)[0]
 
@@ -118,7 +127,9 @@ def pruning(bench: Workbench, study: str) -> dict[int, Record]:
     """
     plan = removal_order(bench, study)
     counts = bench.profile.studies[study].evaluate
-    return {n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).components) if n else dense(bench) for n in counts}
+    return {
+        n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).components) if n else dense(bench) for n in counts
+    }
 
 
 def removal_order(bench: Workbench, study: str) -> Plan:
@@ -131,7 +142,9 @@ def removal_order(bench: Workbench, study: str) -> Plan:
     data = {"calibration": _facts(bench.calibration)}
 
     def compute(request: Request) -> Outcome:
-        checkpoint = bench.output / bench.profile.name / study / bench.name / f"search-{request.inputs_fingerprint()[:12]}.part"
+        checkpoint = (
+            bench.output / bench.profile.name / study / bench.name / f"search-{request.inputs_fingerprint()[:12]}.part"
+        )
         if bench.force:
             checkpoint.unlink(missing_ok=True)
         plan = search(bench.model, bench.calibration, Stage(settings.kind, settings.steps), checkpoint=checkpoint)

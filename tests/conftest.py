@@ -9,7 +9,14 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from shedder_utils import Calibration, kernels
 
-SIZE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 CONFIGS = {
     "mamba": MambaConfig(**SIZE, state_size=8),
     "falcon_mamba": FalconMambaConfig(**SIZE, state_size=8),

@@ -4,12 +4,15 @@ and other CPUs."""
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import llvmlite.binding as llvm
 import pytest
 import torch
+from numba import cfunc, types
 from torch import Tensor
 from transformers import (
     FalconMambaConfig,
@@ -24,7 +27,7 @@ from transformers import (
 from transformers.models.mamba import modeling_mamba
 
 from shedder_utils import kernels
-from shedder_utils.kernels import patching, reference, threads
+from shedder_utils.kernels import patching, reference, scan_kernels, threads
 
 TOLERANCE = 1e-4
 
@@ -315,25 +318,17 @@ def falcon_mamba():
 
 
 def mamba2():
-    config = Mamba2Config(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        state_size=16,
-        num_heads=4,
-        head_dim=16,
-        n_groups=2,
-        chunk_size=8,
-    )
-    return Mamba2ForCausalLM(config)
+    widths = {"state_size": 16, "num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 8}
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, **widths))
 
 
 def zamba2():
+    layers = ["mamba", "hybrid", "mamba"]
+    mamba_widths = {"mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 8}
+    attention = {"num_attention_heads": 2, "intermediate_size": 32, "num_mem_blocks": 1, "adapter_rank": 4}
     config = Zamba2Config(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], mamba_d_state=16,
-        mamba_ngroups=1, n_mamba_heads=4, num_attention_heads=2, intermediate_size=32, num_mem_blocks=1, chunk_size=8,
-        use_shared_attention_adapter=False, adapter_rank=4,
-    )  # fmt: skip
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, layers_block_type=layers, **mamba_widths, **attention
+    )
     model = Zamba2ForCausalLM(config)
     for module in model.modules():
         if hasattr(module, "time_step_limit"):  # else transformers clamps the step size in prefill but not in decoding
@@ -439,6 +434,22 @@ for scan, leaves in ((kernels.selective_scan, ours), (reference.selective_scan, 
     scan(u, dt, A, B, C, z=z)[0].square().sum().backward()
 assert all((a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max() for a, b in zip(ours, true, strict=True))
 """
+
+
+def test_kernels_compile_for_arm():
+    """The intermediate code names no x86 feature: LLVM makes NEON instructions of it."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        arm = llvm.Target.from_triple("aarch64-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite has no Arm backend")
+    entry = cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")(scan_kernels.forward._entry)
+    code = re.sub(r'target (triple|datalayout) = .*|"target-(cpu|features)"="[^"]*"', "", entry.inspect_llvm())
+    module = llvm.parse_assembly(code)
+    module.triple = "aarch64-linux-gnu"
+    assembly = arm.create_target_machine(opt=2).emit_assembly(module)
+    assert re.search(r"fmla\s+v\d+\.4s", assembly)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 CPUs")

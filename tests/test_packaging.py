@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
-CUDA = ("cuda-", "nvidia-", "triton")      # come with some builds of torch, in versions that it fixes itself
+CUDA = ("cuda-", "nvidia-", "triton")  # come with some builds of torch, in versions that it fixes itself
 
 
 def locked() -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from shedder_utils import paper
 from shedder_utils.errors import DataError
 
 AVERAGED = [(table, row) for table in (1, 2, 3, 4, 5) for row in paper.rows(table)]
-ROUNDING = 0.05 + 0.05 + 1e-9      # of the average, and of each of the accuracies in it
+ROUNDING = 0.05 + 0.05 + 1e-9  # of the average, and of each of the accuracies in it
 
 
 def test_known_cells():

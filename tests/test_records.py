@@ -21,7 +21,12 @@ def request_for(setting: str = "removed_1", samples: int = 8, removals: tuple[st
         setting=setting,
         spec={"samples": samples, "evaluate": (0, 1)},
         model=ModelFacts(
-            name="toy", ref="toy", dtype="float32", fingerprint="f" * 64, parameters_dense=100, parameters=90,
+            name="toy",
+            ref="toy",
+            dtype="float32",
+            fingerprint="f" * 64,
+            parameters_dense=100,
+            parameters=90,
             removals=removals,
         ),
         data={"calibration": DataFacts(name="prose", fingerprint="d" * 64)},

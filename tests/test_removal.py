@@ -141,7 +141,9 @@ def test_no_gradient_reaches_what_is_called_dead(family: str) -> None:
     mixer = model.backbone.layers[3].mixer
     with torch.no_grad():
         dense = with_b_zero_and_d_one(model, [3])
-    scan_only = [n for n, _ in mixer.named_parameters() if n.split(".")[0] in ("x_proj", "dt_proj", "A_log", "D", "dt_bias")]
+    scan_only = [
+        n for n, _ in mixer.named_parameters() if n.split(".")[0] in ("x_proj", "dt_proj", "A_log", "D", "dt_bias")
+    ]
     with removed(model, [Component("ssm", 3)]):
         live: nn.Module = model.backbone.layers[3].mixer
         counted = sum(parameter.numel() for parameter in live.parameters())

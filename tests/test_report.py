@@ -25,8 +25,18 @@ from shedder_utils.report.tables import Cell
 LAYERS, N_ITEMS, DENSE_PARAMETERS, PER_LAYER = 24, 400, 2_000_000, 50_000
 POCKET = profiles.load("pocket")
 STEPS = {"block_pruning": ("mamba_block", 6), "ssm_pruning": ("ssm", 12)}
-ENVIRONMENT = Environment(python="3.11.1", torch="2.13.0", transformers="5.23.0", lm_eval="0.4.13", numba="0.68.1",
-                          shedder_utils="0.1.0", device="cpu", cpu="Some CPU", threads=2, scan="numba")
+ENVIRONMENT = Environment(
+    python="3.11.1",
+    torch="2.13.0",
+    transformers="5.23.0",
+    lm_eval="0.4.13",
+    numba="0.68.1",
+    shedder_utils="0.1.0",
+    device="cpu",
+    cpu="Some CPU",
+    threads=2,
+    scan="numba",
+)
 
 
 @dataclass
@@ -37,8 +47,8 @@ class World:
     profile: Profile = POCKET
     dense_accuracy: float = 0.8
     n_items: int = N_ITEMS
-    loss: dict[tuple[str, str], float] = field(default_factory=dict)      # accuracy lost by each removal
-    rise: dict[tuple[str, str], float] = field(default_factory=dict)      # log perplexity gained by each removal
+    loss: dict[tuple[str, str], float] = field(default_factory=dict)  # accuracy lost by each removal
+    rise: dict[tuple[str, str], float] = field(default_factory=dict)  # log perplexity gained by each removal
 
     def write(self) -> World:
         for model in self.profile.models:
@@ -70,17 +80,36 @@ class World:
                 found[f"{column.task}/{column.metric}"] = Metric(value=value, stderr=error, n=self.n_items)
         return found
 
-    def store(self, study: str, model: str, setting: str, n: int = 0, metrics: dict[str, Metric] | None = None,
-              plan: Plan | None = None) -> Path:
+    def store(
+        self,
+        study: str,
+        model: str,
+        setting: str,
+        n: int = 0,
+        metrics: dict[str, Metric] | None = None,
+        plan: Plan | None = None,
+    ) -> Path:
         gone = tuple(map(str, self.plan(study, model).components[:n])) if n else ()
-        facts = ModelFacts(name=model, ref=model, dtype="float32", fingerprint="f" * 64, removals=gone,
-                           parameters_dense=DENSE_PARAMETERS, parameters=DENSE_PARAMETERS - n * PER_LAYER)
+        facts = ModelFacts(
+            name=model,
+            ref=model,
+            dtype="float32",
+            fingerprint="f" * 64,
+            removals=gone,
+            parameters_dense=DENSE_PARAMETERS,
+            parameters=DENSE_PARAMETERS - n * PER_LAYER,
+        )
         data = {"tasks": DataFacts(name="seven", fingerprint="d" * 64)}
         request = Request(study=study, profile=self.profile.name, setting=setting, spec={}, model=facts, data=data)
         record = Record(
-            **dict(request), metrics=metrics or {}, plan=plan.model_dump(mode="json") if plan else None,
-            environment=ENVIRONMENT, code=Code(commit="c" * 40, dirty=True), cost=Cost(seconds=30, peak_mib=800 + n),
-            created=datetime(2025, 1, 1, tzinfo=UTC), inputs=request.inputs_fingerprint(),
+            **dict(request),
+            metrics=metrics or {},
+            plan=plan.model_dump(mode="json") if plan else None,
+            environment=ENVIRONMENT,
+            code=Code(commit="c" * 40, dirty=True),
+            cost=Cost(seconds=30, peak_mib=800 + n),
+            created=datetime(2025, 1, 1, tzinfo=UTC),
+            inputs=request.inputs_fingerprint(),
         )
         return records.write(self.root, record)
 
@@ -143,8 +172,9 @@ def test_wide_table_has_three_lines_for_each_row_in_the_papers_order(world, tmp_
 def test_recorded_stands_beside_yours(world, tmp_path):
     World(tmp_path / "results", loss=AS_IN_THE_PAPER | {BLOCKS_1: 0.02}, rise=RISES_AS_IN_THE_PAPER).write()
     table = report.table(1, "pocket", world.root, tmp_path / "results")
-    same, near, far = (cell(table.frame, *place, "piqa") for place in (
-        ("pocket-mamba2", 5), ("pocket-mamba", 3), ("pocket-mamba", 5)))
+    same, near, far = (
+        cell(table.frame, *place, "piqa") for place in (("pocket-mamba2", 5), ("pocket-mamba", 3), ("pocket-mamba", 5))
+    )
     assert (same["difference"], same["verdict"]) == (0, "same")
     assert (near["difference"], near["verdict"]) == (pytest.approx(3), "within 2 stderr")
     assert (far["difference"], far["verdict"]) == (pytest.approx(5), "differs")
@@ -174,7 +204,9 @@ def test_nothing_run_is_dashes_and_not_an_error(tmp_path):
     paths = report.build("pocket", tmp_path / "runs", tmp_path / "results")
     assert [path.name for path in paths] == [
         *(f"table_{n}.{ending}" for n in (1, 2) for ending in ("md", "csv", "tex")),
-        *(f"figure_{n}.{ending}" for n in (2, 3, 4) for ending in ("png", "pdf", "json")), "claims.md"]
+        *(f"figure_{n}.{ending}" for n in (2, 3, 4) for ending in ("png", "pdf", "json")),
+        "claims.md",
+    ]
     assert all(path.stat().st_size and path.parent == tmp_path / "runs" / "figures" / "pocket" for path in paths)
     table = report.table(1, "pocket", tmp_path / "runs", tmp_path / "results")
     assert set(table.frame["verdict"]) == {"not run"}
@@ -229,7 +261,8 @@ def test_interval_of_a_difference_of_differences(world):
     number = next(n for n in verdict_of("C2", world.root).numbers if "accuracy" in n.measure and n.n_removed == 9)
     errors = [
         math.sqrt(sum((0.8 + 0.01 * i - loss * n) * (0.2 - 0.01 * i + loss * n) / N_ITEMS for i in range(-3, 4))) / 7
-        for loss in (0.05, 0.002) for n in (0, 9)
+        for loss in (0.05, 0.002)
+        for n in (0, 9)
     ]
     assert number.high - number.low == pytest.approx(100 * 2 * 1.96 * math.hypot(*errors))
     assert number.value == pytest.approx((number.low + number.high) / 2) == pytest.approx(100 * 9 * 0.048)
@@ -366,8 +399,20 @@ def test_csv_has_one_line_for_each_cell(world, tmp_path):
     markdown, tidy, latex = report.table(1, "pocket", world.root, world.root).save(tmp_path)
     rows = list(csv.DictReader(tidy.read_text().splitlines()))
     assert len(rows) == 2 * 3 * 10
-    assert list(rows[0]) == ["model", "pruned", "of", "stands_for", "column", "paper", "recorded", "recorded_stderr",
-                             "yours", "yours_stderr", "difference", "verdict"]
+    assert list(rows[0]) == [
+        "model",
+        "pruned",
+        "of",
+        "stands_for",
+        "column",
+        "paper",
+        "recorded",
+        "recorded_stderr",
+        "yours",
+        "yours_stderr",
+        "difference",
+        "verdict",
+    ]
     assert markdown.read_text().count("| yours |") == 6
     assert latex.read_text().count(r" \\") == 1 + 18
 
@@ -381,7 +426,8 @@ def test_latex_is_escaped(world):
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert text.isascii()
     assert escape_latex("a_b & 5% {x} \\ ^ ~ #1 $2") == (
-        r"a\_b \& 5\% \{x\} \textbackslash{} \textasciicircum{} \textasciitilde{} \#1 \$2")
+        r"a\_b \& 5\% \{x\} \textbackslash{} \textasciicircum{} \textasciitilde{} \#1 \$2"
+    )
 
 
 def test_provenance_names_weights_data_versions_and_cost(world):

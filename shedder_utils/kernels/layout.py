@@ -1,5 +1,4 @@
-"""Bringing tensors into the form the kernels read: float32, channels innermost and a multiple of 16, rows at any
-stride.
+"""Bringing tensors into the form the kernels read: float32, channels innermost, a multiple of 16, rows at any stride.
 
 A slice of a projection's output, or a transposed view of such a tensor, satisfies this without a copy; a tensor with
 the tokens innermost is transposed tile by tile, which takes a fraction of the time of torch's general copy. B batch, L
@@ -48,15 +47,14 @@ _transpose = _kernel(STAMP)
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """`x`, float32 (..., C), or a copy of it, such that the last dimension is contiguous; None stays None. Not
-    differentiable."""
+    """`x`, float32 (..., C), or a copy of it whose last dimension is contiguous; None stays None. Not differentiable."""
     if x is None or x.stride(-1) == 1:
         return x
     if x.dim() != 3 or x.stride(1) != 1 or x.shape[2] % LANES:
         return x.contiguous()
     batch, L, C = x.shape
     y = torch.empty(batch, L, C)
-    _transpose(batch * C // 16, (L, C), (x.transpose(1, 2), y), work=batch * L * C // 2)
+    _transpose(batch * C // 16, (L, C), (x.transpose(1, 2), y), work=batch * L * C // 4)
     return y
 
 

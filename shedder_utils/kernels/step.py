@@ -1,5 +1,4 @@
-"""One token's update of the cached states on the CPU, for decoding: Mamba-1 and Mamba-2 states, and the convolution's
-window.
+"""Decoding on the CPU: one token's update of a Mamba-1 or Mamba-2 state, and of the convolution's window.
 
 These run on transformers' own cache layout, state size innermost, so the sixteen lanes lie along the state and each
 channel's output is a horizontal sum. In place and not differentiable. B batch, R channels (Mamba-1: E; Mamba-2: heads

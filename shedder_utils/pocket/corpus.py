@@ -1,9 +1,9 @@
 """What the pocket models are trained on, as a pure function of stage, seed and step.
 
-Three stages: "recall" (dense documents, from lists of word pairs to facts of several kinds with three questions each),
-"stories" (micro-stories in the tasks' formats, and recall still) and "mix" (stories and recall 55 %, instructions 20 %,
-real prose 25 %). Each sequence comes from one source: documents, each after an <|endoftext|>,
-cut at the sequence's end, or a stretch of prose.
+Four stages: "lists" (pairs of words, again and again, of a growing vocabulary), "recall" (dense documents: facts of
+several kinds, three questions for each), "stories" (micro-stories in the tasks' formats, and recall still) and "mix"
+(stories and recall 55 %, instructions 20 %, real prose 25 %). Each sequence comes from one source: documents, each
+after an <|endoftext|>, cut at the sequence's end, or a stretch of prose.
 Letters: B batch, L tokens.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from shedder_utils.pocket.instructions import instruction_document
 from shedder_utils.pocket.items import story_document
 from shedder_utils.pocket.prose import prose_texts
-from shedder_utils.pocket.recall import first_list_document, list_document, pairs_document, recall_document
+from shedder_utils.pocket.recall import list_document, pairs_document, recall_document
 from shedder_utils.pocket.stories import Document
 from shedder_utils.pocket.tokenizer import END
 
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 # Share of the sequences that come from each source.
 STAGES = {
-    "recall": {"first": 0.25, "lists": 0.25, "pairs": 0.25, "recall": 0.25},
-    "stories": {"lists": 0.05, "pairs": 0.1, "recall": 0.25, "stories": 0.6},
+    "lists": {"lists": 1.0},
+    "recall": {"lists": 0.2, "pairs": 0.3, "recall": 0.5},
+    "stories": {"lists": 0.05, "pairs": 0.05, "recall": 0.25, "stories": 0.65},
     "mix": {"recall": 0.15, "stories": 0.4, "instructions": 0.2, "prose": 0.25},
 }
+LIST_STEPS = 500
+"""Over how many steps the lists' vocabulary grows from a few words to all: recall is learned on few, then widened."""
 SOURCES: dict[str, Callable[[random.Random], Document]] = {
-    "first": first_list_document,
-    "lists": list_document,
     "pairs": pairs_document,
     "recall": recall_document,
     "stories": story_document,
@@ -57,7 +58,8 @@ def batch(
         if source == "prose":
             ids[row], weights[row] = _prose(rng, length, tokenizer), PROSE_WEIGHT
         else:
-            ids[row], weights[row] = _documents(rng, SOURCES[source], length, tokenizer)
+            make = partial(list_document, share=min(1.0, step / LIST_STEPS)) if source == "lists" else SOURCES[source]
+            ids[row], weights[row] = _documents(rng, make, length, tokenizer)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 

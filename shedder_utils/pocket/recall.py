@@ -30,7 +30,8 @@ _ANSWERABLE = {
     ("thing",): {"thing", "who_thing", "knowledge", "purpose"},
     ("attribute", "thing"): None,
 }
-_CLASSES = (PEOPLE, PLACES, COLOURS, *(kind.words for kind in KINDS.values()))
+_WORDS = list(dict.fromkeys([*PEOPLE, *PLACES, *COLOURS, *(word for kind in KINDS.values() for word in kind.words)]))
+random.Random(0).shuffle(_WORDS)
 _PAIRS = (("attribute", "place"), ("attribute", "who_place"), ("thing", "thing"), ("thing", "who_thing"))
 
 
@@ -45,23 +46,16 @@ def _facts_and_queries(rng: random.Random) -> tuple[list[str], list[Query]]:
     return facts(rng, scene, relations), found
 
 
-def first_list_document(rng: random.Random) -> Document:
-    """Two to four pairs of eight people and eight places: few words, so that recall is learned before their meanings."""
-    return _list(rng, PEOPLE[::4], PLACES[::3], rng.randint(2, 4))
+def list_document(rng: random.Random, share: float = 1.0) -> Document:
+    """Two to five pairs of words, again and again in a new order; `share` says how many of the world's words occur.
 
-
-def list_document(rng: random.Random) -> Document:
-    """Two to six pairs of words of any two classes, again and again in a new order.
-
-    List: Nora brush. Ben hammer. Ben hammer. Nora brush. Ben hammer. ...
+    List: Nora brush. red hammer. red hammer. Nora brush. red hammer. ...
     """
-    keys, values = rng.sample(_CLASSES, 2)
-    n_words = rng.choice((8, 32))
-    return _list(rng, keys[:n_words], values[:n_words], rng.randint(2, 6))
-
-
-def _list(rng: random.Random, keys: tuple[str, ...], values: tuple[str, ...], n_pairs: int) -> Document:
-    pairs = list(zip(rng.sample(keys, n_pairs), rng.sample(values, n_pairs), strict=True))
+    n_pairs = rng.randint(2, 5)
+    fewest = 16
+    known = _WORDS[: fewest + int((len(_WORDS) - fewest) * share * rng.random())]
+    words = rng.sample(known, 2 * n_pairs)
+    pairs = list(zip(words[:n_pairs], words[n_pairs:], strict=True))
     writer = Writer("List:")
     for key, value in pairs:
         writer.say(f" {key} {value}.")

@@ -1,22 +1,26 @@
 """The recipe of the pocket models: five architectures, the same data in the same order, the same number of tokens.
 
-`python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face folder
-to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. Hidden matrices are trained
-with Muon, everything else with AdamW; only the learning rates differ between architectures.
+`python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face
+folder to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. Hidden matrices are
+trained with Muon, everything else with AdamW. A third of the layers learn to recall first, at a third of the cost; then
+each becomes three (progressive stacking), and the deep model is trained on the whole mix.
 
 B batch, L tokens, D model width.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -39,10 +43,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to which share of the training a stage of the corpus lasts, and its batches (B, L)."""
+    """How many steps a stage of the corpus lasts, and its batches (B, L)."""
 
     stage: str
-    until: float
+    steps: int
     batch_size: int
     length: int
 
@@ -51,9 +55,16 @@ class Phase:
 class Recipe:
     """Everything that decides a training, but the architecture. Learning rates: Muon's and AdamW's."""
 
-    steps: int = 5000
+    phases: tuple[Phase, ...] = (
+        Phase("lists", 784, 8, 128),
+        Phase("recall", 1456, 8, 128),
+        Phase("stories", 1792, 4, 256),
+        Phase("mix", 1568, 4, 256),
+    )
+    deepen_after: int = 4032
+    deepen_by: int = 3
     warmup: int = 100
-    decay: float = 0.3
+    decay: int = 1400
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -61,26 +72,25 @@ class Recipe:
     seed: int = 20250429
     log_every: int = 100
     evaluate_every: int = 1000
-    phases: tuple[Phase, ...] = (
-        Phase("recall", 0.4, 8, 128),
-        Phase("stories", 0.7, 4, 256),
-        Phase("mix", 1.0, 4, 256),
-    )
+
+    @property
+    def steps(self) -> int:
+        """All steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
     def phase(self, step: int) -> Phase:
         """The phase that a step belongs to."""
-        return next(phase for phase in self.phases if step < phase.until * self.steps)
+        ends = accumulate(phase.steps for phase in self.phases)
+        return next(phase for phase, end in zip(self.phases, ends, strict=True) if step < end)
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: up, level, and down to a twentieth over the last part."""
-        down = (self.steps - step) / (self.decay * self.steps)
-        return min(1.0, (step + 1) / self.warmup, 0.05 + 0.95 * max(0.0, down))
+        """The share of the learning rate at a step: up, level, up again for the deeper model, down to a twentieth."""
+        since = step - self.deepen_after if step >= self.deepen_after else step
+        down = (self.steps - step) / self.decay
+        return min(1.0, (since + 1) / self.warmup, 0.05 + 0.95 * down)
 
 
-RECIPES = {
-    "pocket-mamba": Recipe(muon_lr=0.01, adam_lr=2e-3),
-    "pocket-mamba2": Recipe(muon_lr=0.015, adam_lr=3e-3),
-}
+RECIPES = {name: Recipe() for name in CONFIGS}
 
 
 class Training:
@@ -90,18 +100,25 @@ class Training:
         self.name, self.recipe, self.checkpoint = name, recipe, checkpoint
         self.tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer")
         torch.manual_seed(recipe.seed)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name])
-        self.optimizers = optimizers(self.model, recipe)
+        shallow = copy.deepcopy(CONFIGS[name])
+        shallow.num_hidden_layers //= recipe.deepen_by
+        self._take(AutoModelForCausalLM.from_config(shallow))
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
         if checkpoint.exists():
             self._resume()
 
+    def _take(self, model: PreTrainedModel) -> None:
+        self.model = model.train()
+        self.optimizers = optimizers(model, self.recipe)
+
     def run(self) -> None:
-        """Train to the end: a line of progress every `log_every` steps, scores and a checkpoint every `evaluate_every`."""
+        """Train to the end: a line every `log_every` steps, scores and a checkpoint every `evaluate_every`."""
         running: list[tuple[float, float]] = []
         while self.step < self.recipe.steps:
             started = time.perf_counter()
+            if self.step == self.recipe.deepen_after:
+                self._take(deepened(self.model, self.recipe.deepen_by))
             running.append(self._train_step())
             self.seconds += time.perf_counter() - started
             self.step += 1
@@ -139,8 +156,15 @@ class Training:
 
     def _log(self, running: list[tuple[float, float]], scores: dict[str, float]) -> None:
         loss, answered = (sum(values) / len(running) for values in zip(*running, strict=True))
-        point = {"step": self.step, "tokens": self.tokens, "hours": round(self.seconds / 3600, 4),
-                 "stage": self.recipe.phase(self.step - 1).stage, "loss": round(loss, 4), "answered": round(answered, 4), **scores}  # fmt: skip
+        point = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "hours": round(self.seconds / 3600, 4),
+            "stage": self.recipe.phase(self.step - 1).stage,
+            "loss": round(loss, 4),
+            "answered": round(answered, 4),
+            **scores,
+        }
         self.curve.append(point)
         print(json.dumps(point), file=sys.stderr, flush=True)
 
@@ -160,18 +184,58 @@ class Training:
         state = torch.load(self.checkpoint, weights_only=True)
         if state["recipe"] != json.dumps(asdict(self.recipe)):
             raise ModelError(f"checkpoint {self.checkpoint} is of another recipe: delete it, or restore that recipe")
+        if state["step"] > self.recipe.deepen_after:
+            self._take(deepened(self.model, self.recipe.deepen_by))
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.tokens, self.seconds, self.curve = (state[key] for key in ("step", "tokens", "seconds", "curve"))
+        self.step, self.tokens, self.seconds, self.curve = (
+            state[key] for key in ("step", "tokens", "seconds", "curve")
+        )
 
     def export(self, folder: Path) -> None:
         """Write the model in bfloat16 with its tokenizer, recipe and curve."""
         self.model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        history = {"name": self.name, "recipe": asdict(self.recipe), "tokens": self.tokens,
-                   "hours": round(self.seconds / 3600, 2), "threads": torch.get_num_threads(), "curve": self.curve}  # fmt: skip
+        history = {
+            "name": self.name,
+            "recipe": asdict(self.recipe),
+            "tokens": self.tokens,
+            "hours": round(self.seconds / 3600, 2),
+            "threads": torch.get_num_threads(),
+            "curve": self.curve,
+        }
         (folder / "training.json").write_text(json.dumps(history, indent=1) + "\n")
+
+
+def curves(names: Iterable[str]) -> pd.DataFrame:
+    """The training curves of pocket models: one row for each point, with the model's name."""
+    points = [
+        {"model": name, **point}
+        for name in names
+        for point in json.loads((POCKET / "models" / name / "training.json").read_text())["curve"]
+    ]
+    return pd.DataFrame(points)
+
+
+def deepened(model: PreTrainedModel, times: int) -> PreTrainedModel:
+    """The model whose every layer has become several that follow each other, each giving an equal part of its output.
+
+    It computes nearly what the shallow one did; training goes on and makes the copies differ.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers *= times
+    tensors = {}
+    for key, value in model.state_dict().items():
+        before, layers, rest = key.partition(".layers.")
+        index, _, name = rest.partition(".")
+        part = value / times if name == "mixer.out_proj.weight" else value
+        for copy_index in range(times) if layers else (0,):
+            place = f"{before}.layers.{int(index) * times + copy_index}.{name}" if layers else key
+            tensors[place] = part.clone()
+    deep: PreTrainedModel = type(model)(config)
+    deep.load_state_dict(tensors)
+    return deep
 
 
 def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import profiles
+from ..files import in_project
 from ..profiles import Profile
 from . import claims, figures, origin, tables
 from .claims import Verdict, Verdicts
@@ -64,7 +65,7 @@ def build(
     settings = _settings(profile)
     yours = Runs(settings, root)
     theirs = Runs(settings, recorded)
-    target = Path(root, "figures", settings.name) if folder is None else Path(folder)
+    target = in_project(Path(root, "figures", settings.name) if folder is None else folder)
     shown: list[Table | Drawing | Verdicts] = [
         *(tables.pruning_table(number, yours, theirs) for number in tables.available(settings)),
         *(figures.draw(number, yours) for number in figures.available(yours)),

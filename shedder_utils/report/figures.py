@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("shedder.mplstyle")
-PAGE, COLUMN = 6.8, 3.3      # inches
-TABLES = {2: 1, 3: 2}        # the tables whose points figures 2 and 3 show
+PAGE, COLUMN = 6.8, 3.3  # inches
+TABLES = {2: 1, 3: 2}  # the tables whose points figures 2 and 3 show
 GREY = "#4d4d4d"
 
 

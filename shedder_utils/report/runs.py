@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from .. import records
 from ..errors import PlanError, RecordError
+from ..files import in_project
 from ..plan import Plan
 from ..profiles import Profile
 from ..records import Metric, Record
@@ -24,8 +25,8 @@ class Runs:
     """
 
     def __init__(self, profile: Profile, root: str | Path) -> None:
-        self.profile, self.root = profile, Path(root)
-        found = records.find(root, profile=profile.name)
+        self.profile, self.root = profile, in_project(root)
+        found = records.find(self.root, profile=profile.name)
         self._records = {(record.study, record.model.name, record.setting): record for record in found}
 
     def of(self, study: str, model: str) -> list[Record]:

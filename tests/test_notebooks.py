@@ -1,0 +1,85 @@
+"""The notebooks: their anatomy, and that all of them run from end to end on random models."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from shedder_utils import ProfileError, notebooks
+
+FILES = sorted(notebooks.FOLDER.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_anatomy(file: Path) -> None:
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^## (.+)", prose, re.M)
+    assert 15 <= len(notebook.cells) <= 25
+    assert sum(len([line for line in cell.source.split("\n") if line.strip()]) for cell in code) <= 60
+    assert not any(re.search(r"^\s*(def|class) ", cell.source, re.M) for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert headings[0] == "The claim"
+    assert headings[-3:] == ["What to take away", "Provenance", "Where next"]
+    assert "**Cost**" in notebook.cells[0].source
+    assert "widgets" not in notebook.metadata
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_outputs_are_committed(file: Path) -> None:
+    code = [cell for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(cell.execution_count for cell in code)
+    assert any("text/markdown" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)
+    assert str(notebooks.ROOT) not in file.read_text()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_links_lead_somewhere(file: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
+        assert (file.parent / link).exists(), link
+
+
+def test_all_run_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shedder_utils", "run", "--profile", "smoke", "--output", str(tmp_path)]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    shown = [Path(line) for line in first.stdout.split()]
+    assert {path.name for path in shown} >= {
+        "table_1.md", "table_1.csv", "table_1.tex", "table_2.md", "figure_2.png",
+        "figure_3.pdf", "figure_4.png", "claims.md",
+    }  # fmt: skip
+    assert all(path.stat().st_size for path in shown)
+    assert len(list((tmp_path / "notebooks" / "smoke").glob("*.ipynb"))) == len(FILES)
+    before = {path: path.read_bytes() for path in [*shown, *tmp_path.glob("smoke/**/*.json")]}
+    report = subprocess.run([*command[:3], "report", *command[4:]], capture_output=True, text=True)
+    assert report.stdout == first.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="no parameter 'profil'"):
+        notebooks.execute(FILES[0], tmp_path / "out.ipynb", {"profil": "smoke"})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--profile", "poket"], "error: profile poket: not found"),
+        (["--profile", "smoke", "--models", "smoke-zamba"], "error: model 'smoke-zamba' is not in the profile"),
+        (["--profile", "smoke", "--studies", "tables"], "error: study 'tables' is not in the profile"),
+    ],
+)
+def test_mistakes_on_the_command_line_get_one_line(options: list[str], complaint: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "shedder_utils", "run", *options], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(complaint)
+    assert run.stderr.count("\n") == 1
