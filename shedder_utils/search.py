@@ -103,7 +103,7 @@ class _Search:
         """Make one removal and store the plan."""
         gone = self.plan.components
         candidates = _candidates(self.model, self.stages[number], gone)
-        self.plan.provenance["layer_runs_plain"] += len(candidates) * self._pass_cost(gone)
+        self.plan.provenance["layer_runs_plain"] += sum(self._pass_cost([*gone, one]) for one in candidates)
         best, score = self._fast(gone, candidates) if self.method == "fast" else self._plain(gone, candidates)
         parameters = family_of(self.model).parameters(self.model, best)
         self.plan.removals.append(Removal(component=best, stage=number, score=score, parameters=parameters))

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import profiles
+from . import kernels, profiles
 from .calibration import Calibration, calibrate
 from .components import Component
 from .errors import ProfileError
@@ -51,6 +51,7 @@ class Workbench:
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         settings = self.profile.models[self.name]
         if settings.random is not None:
+            kernels.install()
             tokenizer = load_tokenizer()
             return random_model(**settings.random.model_dump(), vocab_size=len(tokenizer)), tokenizer
         model, tokenizer = load_model(settings.ref or self.name)

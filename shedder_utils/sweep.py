@@ -45,9 +45,9 @@ class Stack:
         begin = position * self.rows
         return {name: tensor[begin : begin + self.rows] for name, tensor in self.stream.items()}
 
-    def only(self, candidates: set[Component]) -> Stack:
-        """The stack without the variants that are not candidates any more."""
-        keep = [i for i, owner in enumerate(self.owners) if owner is None or owner in candidates]
+    def only(self, owners: set[Component | None]) -> Stack:
+        """The stack without the variants of others."""
+        keep = [i for i, owner in enumerate(self.owners) if owner in owners]
         if len(keep) == len(self.owners):
             return self
         return Stack([self.owners[i] for i in keep], _stacked([self.of(i) for i in keep]), self.rows)
@@ -66,9 +66,13 @@ class Sweep:
         self.memory_gib = memory_gib
         self.layer_runs = 0
         self.kept: list[dict[int, Stack]] = [{} for _ in calibration.batches]
+        self.scored: set[Component] = set()
 
     def scores(self, gone: Sequence[Component], candidates: Sequence[Component], progress: tqdm) -> list[float]:
         """The perplexity without each candidate, for a model without `gone`."""
+        if not self.scored.issuperset(candidates):  # another stage: the kept stacks lack the new candidates
+            self.kept = [{} for _ in self.calibration.batches]
+        self.scored = set(candidates)
         at = defaultdict(list)
         for candidate in candidates:
             at[self.family.layer_of(self.model, candidate)].append(candidate)
@@ -87,19 +91,22 @@ class Sweep:
             for index in [index for index in stacks if index > layer]:
                 del stacks[index]
             for index in stacks:
-                stacks[index] = stacks[index].only(set(candidates))
+                stacks[index] = stacks[index].only({None, *candidates})
 
     def _walk(self, number: int, ids: Tensor, at: dict[int, list[Component]]) -> list[tuple[Component, Tensor]]:
         """The losses (B,) of every candidate's variant on one batch."""
         layers = self.family.layers(self.model)
         begin = max(self.kept[number], default=0)
         stack = self.kept[number].get(begin) or Stack([None], self.family.start(self.model, ids), len(ids))
-        stride = self._stride(stack.stream["hidden"][:1], len(layers))
+        stride, last_birth = self._stride(stack.stream["hidden"][:1], len(layers)), max(at)
         for index in range(begin, len(layers)):
             if index % stride == 0 and index:
                 self.kept[number][index] = stack
-            born = [self._variant(candidate, stack.of(0)) for candidate in at[index]]
-            stack = Stack([*stack.owners, *at[index]], _stacked([self._step(index, stack.stream), *born]), stack.rows)
+            here = at.get(index, [])
+            born = [self._variant(candidate, stack.of(0)) for candidate in here]
+            stack = Stack([*stack.owners, *here], _stacked([self._step(index, stack.stream), *born]), stack.rows)
+            if index == last_birth:  # nothing is born any more, so the unpruned stream has done its work
+                stack = stack.only(set(stack.owners) - {None})
         return [
             (owner, sequence_losses(self.family.finish(self.model, stack.of(position)), ids).cpu())
             for position, owner in enumerate(stack.owners)

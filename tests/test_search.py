@@ -64,6 +64,14 @@ def test_fast_finds_the_plan_of_plain(
     plain = search(model, calibration, stages, method="plain", progress=False)
     fast = search(model, calibration, stages, method="fast", progress=False, memory_gib=memory_gib)
     assert without_cost(fast) == without_cost(plain)
+
+
+@pytest.mark.parametrize("kind", ["mamba_block", "ssm"])
+def test_fast_runs_fewer_layers(model: PreTrainedModel, calibration: Calibration, kind: str) -> None:
+    fast = search(model, calibration, Stage(kind, 3), progress=False)
+    plain = search(model, calibration, Stage(kind, 3), method="plain", progress=False)
+    assert plain.provenance["layer_runs"] == plain.provenance["layer_runs_plain"] + 6 * calibration.sequences
+    assert fast.provenance["layer_runs_plain"] == plain.provenance["layer_runs_plain"]
     assert fast.provenance["layer_runs"] < plain.provenance["layer_runs"]
 
 
