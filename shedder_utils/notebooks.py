@@ -58,13 +58,37 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            str(notebook), str(target), parameters, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
+            str(notebook),
+            str(target),
+            {
+                name: value
+                for name, value in parameters.items()
+                if repr(value) != known[name]["default"].replace('"', "'")
+            },
+            cwd=str(ROOT),
+            kernel_name="python3",
+            progress_bar=False,
             stderr_file=sys.stderr,
-        )  # fmt: skip
+        )
     except PapermillExecutionError as error:
-        raise ShedderError(
-            f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}"
-        ) from error
+        what = f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}"
+        raise ShedderError(f"{what}; see {target}") from error
+    _tidy(target)
+
+
+def _tidy(notebook: Path) -> None:
+    """Keep an executed notebook's results; drop progress bars, warnings and what papermill notes of this machine."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("papermill", None)
+    for cell in content.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        cell.metadata.pop("exception", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(content, notebook)
 
 
 def _studies(notebook: Path) -> list[str]:

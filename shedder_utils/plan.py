@@ -103,6 +103,6 @@ class Plan(BaseModel):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"plan {path} cannot be read ({error.strerror}): check the path") from error
-        except (ValidationError, UnicodeDecodeError) as error:
+        except (ValidationError, PlanError, UnicodeDecodeError) as error:
             detail = str(error).replace("\n", " ")[:200]
             raise PlanError(f"plan {path} is not a plan of this package: {detail}") from error

@@ -150,10 +150,7 @@ def removal_order(bench: Workbench, study: str) -> Plan:
             checkpoint.unlink(missing_ok=True)
         plan = search(bench.model, bench.calibration, Stage(settings.kind, settings.steps), checkpoint=checkpoint)
         checkpoint.unlink()
-        return Outcome(
-            metrics={"calibration/perplexity": Metric(value=plan.dense_score, n=bench.calibration.sequences)},
-            plan=plan.model_dump(mode="json"),
-        )
+        return Outcome(metrics={}, plan=plan.model_dump(mode="json"))
 
     return Plan.model_validate(bench.record(study, SEARCH, spec, data, [], compute).plan)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_model
 from transformers import PreTrainedModel
 
-import shedder_utils.search as search_module
 from shedder_utils import Calibration, Component, Plan, PlanError, Stage, perplexity, removed, search
+
+search_module = importlib.import_module("shedder_utils.search")  # the package's attribute of that name is the function
 
 
 def without_cost(plan: Plan) -> dict:
@@ -89,12 +92,13 @@ def test_sweep_scores_equal_full_passes(model: PreTrainedModel, calibration: Cal
 def test_a_tie_goes_to_the_lowest_index(calibration: Calibration) -> None:
     model = random_model("mamba")
     with torch.no_grad():
-        for index in (4, 1):  # blocks that add nothing: removing either changes nothing
-            model.backbone.layers[index].mixer.out_proj.weight.zero_()
+        for layer in model.backbone.layers:  # blocks that add nothing: removing one is as good as removing another
+            layer.mixer.out_proj.weight.zero_()
     for method in ("plain", "fast"):
-        plan = search(model, calibration, Stage("mamba_block", 2), method=method, progress=False)
-        assert [removal.component.index for removal in plan.removals] == [1, 4]
-        assert plan.removals[0].score == plan.dense_score
+        plan = search(model, calibration, Stage("mamba_block", 3), method=method, progress=False)
+        assert [removal.component.index for removal in plan.removals] == [0, 1, 2]
+        assert plan.scores == [plan.dense_score] * 4
+    assert plan.provenance["ties"] == 5 + 4 + 3
 
 
 STAGES = [Stage("mamba_block", 2), Stage("ssm", 2)]
@@ -123,7 +127,7 @@ def test_an_interrupted_search_goes_on(
     whole = search(random_model("mamba2"), calibration, STAGES, progress=False)
     advance = search_module._Search.advance
 
-    def interrupted(run: search_module._Search, stage: int) -> None:
+    def interrupted(run: Any, stage: int) -> None:
         if len(run.plan) == steps:
             raise KeyboardInterrupt
         advance(run, stage)

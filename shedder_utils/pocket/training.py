@@ -247,7 +247,9 @@ def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the projections' matrices, AdamW for embeddings, norms, convolutions and the scan's parameters."""
-    matrices, decayed, others = [], [], []
+    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "_proj." in name:
             matrices.append(parameter)

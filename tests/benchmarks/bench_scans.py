@@ -13,11 +13,12 @@ recurrence, outputs and all gradients.
 import argparse
 import itertools
 import json
-import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,43 +43,43 @@ def build(family: str, layers: int) -> PreTrainedModel:
     return Mamba2ForCausalLM(Mamba2Config(**SIZE, num_hidden_layers=layers, **widths))
 
 
-def serve(pipe: Connection, ours: bool, family: str, layers: int, shape: tuple[int, int], threads: int) -> None:
-    """One side of a comparison, in its own process: time a step whenever the pipe asks for one."""
+def serve(ours: bool, family: str, layers: int, shape: tuple[int, int], threads: int) -> None:
+    """One side of a comparison, in its own process: time the step that each line of input names, and print seconds."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
     if ours:
         kernels.install()
     model = build(family, layers)
     ids = torch.randint(0, SIZE["vocab_size"], shape)
-    for name in iter(pipe.recv, None):
-        train = name != "forward"
+    for line in sys.stdin:
+        train = line.strip() != "forward"
         model.zero_grad()
         start = time.perf_counter()
         with torch.set_grad_enabled(train):
             result = model(ids, labels=ids if train else None, use_cache=False)
         if train:
             result.loss.backward()
-        pipe.send(time.perf_counter() - start)
+        print(f"seconds {time.perf_counter() - start}", flush=True)
 
 
 class Side:
     """A process that runs `serve`."""
 
-    def __init__(self, ours: bool, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, ours, *arguments), daemon=True)
-        self.process.start()
+    def __init__(self, *arguments: Any) -> None:
+        command = [sys.executable, __file__, "--serve", json.dumps(arguments)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def seconds(self, name: str) -> float:
         """Wall time of one step."""
-        self.pipe.send(name)
-        return float(self.pipe.recv())
+        print(name, file=self.process.stdin, flush=True)
+        answer = next(line for line in self.process.stdout if line.startswith("seconds"))
+        return float(answer.split()[1])
 
     def close(self) -> None:
         """End the process."""
-        self.pipe.send(None)
-        self.process.join()
+        self.process.communicate()
 
 
 def compare(theirs: Side, ours: Side, name: str, repeats: int) -> dict[str, Any]:
@@ -159,7 +160,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
+    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve)
+        return
     torch.set_num_threads(options.threads)
     layers, repeats = (2, 3) if options.quick else (16, options.repeats)
     print(f"{layers} layers, {options.threads} threads; transformers, ours")
