@@ -1,0 +1,43 @@
+"""The models that ship with the project: whole, trained as the recipe says, and searched alike by both methods."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from shedder_utils import Stage, calibrate, components, load_model, profiles, search
+from shedder_utils.files import ROOT
+from shedder_utils.pocket.training import CONFIGS, RECIPES, curves
+
+NAMES = [model.ref for model in profiles.load("pocket").models.values()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_what_its_recipe_makes(name: str) -> None:
+    model, tokenizer = load_model(name)
+    history = json.loads((ROOT / "pocket" / "models" / name / "training.json").read_text())
+    assert len(components(model, "ssm")) == 24
+    assert 1.5e6 < model.num_parameters() < 4.5e6
+    assert tokenizer is not None
+    assert len(tokenizer) == model.config.vocab_size == CONFIGS[name].vocab_size
+    assert history["recipe"] == json.loads(json.dumps(asdict(RECIPES[name])))
+    assert history["curve"][-1]["step"] == RECIPES[name].steps
+    assert history["curve"][-1]["loss"] < history["curve"][0]["loss"]
+
+
+def test_all_models_saw_the_same_tokens() -> None:
+    last = curves(NAMES).groupby("model").last()
+    assert last["tokens"].nunique() == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("kind", "steps"), [("mamba_block", 6), ("ssm", 9)])
+def test_fast_finds_the_plan_of_plain_with_fewer_layer_runs(name: str, kind: str, steps: int) -> None:
+    model, tokenizer = load_model(name)
+    calibration = calibrate("pocket-instructions", tokenizer, samples=3, sequence_length=64, batch_size=2)
+    fast = search(model, calibration, Stage(kind, steps), progress=False)
+    plain = search(model, calibration, Stage(kind, steps), method="plain", progress=False)
+    assert fast.removals == plain.removals
+    assert fast.provenance["layer_runs"] <= 0.6 * plain.provenance["layer_runs"]
