@@ -56,8 +56,8 @@ class Recipe:
     """Everything that decides a training, but the architecture. Learning rates: Muon's and AdamW's."""
 
     phases: tuple[Phase, ...] = (
-        Phase("lists", 784, 8, 128),
-        Phase("recall", 1456, 8, 128),
+        Phase("lists", 785, 8, 128),
+        Phase("recall", 1455, 8, 128),
         Phase("stories", 1792, 4, 256),
         Phase("mix", 1568, 4, 256),
     )
