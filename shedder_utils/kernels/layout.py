@@ -47,7 +47,7 @@ _transpose = _kernel(STAMP)
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """`x`, float32 (..., C), or a copy of it whose last dimension is contiguous; None for None. Not differentiable."""
+    """`x`, float32 (..., C), or a copy whose last dimension is contiguous; None stays None. Not differentiable."""
     if x is None or x.stride(-1) == 1:
         return x
     if x.dim() != 3 or x.stride(1) != 1 or x.shape[2] % LANES:
