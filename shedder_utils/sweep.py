@@ -28,6 +28,9 @@ from .families import Stream, family_of
 from .importance import sequence_losses, to_perplexity
 from .removal import removed
 
+TOKENS_AT_ONCE = 8192
+"""How many tokens a layer runs on at once: enough to fill a device."""
+
 
 @dataclass
 class Stack:
@@ -103,8 +106,8 @@ class Sweep:
             if index % stride == 0 and index:
                 self.kept[number][index] = stack
             here = at.get(index, [])
-            born = [self._variant(candidate, stack.of(0)) for candidate in here]
-            stack = Stack([*stack.owners, *here], _stacked([self._step(index, stack.stream), *born]), stack.rows)
+            born = [part for candidate in here for part in self._variant(candidate, stack.of(0))]
+            stack = Stack([*stack.owners, *here], _stacked([*self._step(index, stack.stream), *born]), stack.rows)
             if index == last_birth:  # nothing is born any more, so the unpruned stream has done its work
                 stack = stack.only(set(stack.owners) - {None})
         return [
@@ -113,15 +116,21 @@ class Sweep:
             if owner is not None
         ]
 
-    def _variant(self, candidate: Component, stream: Stream) -> Stream:
-        """The stream after a candidate's layer, without the candidate."""
+    def _variant(self, candidate: Component, stream: Stream) -> list[Stream]:
+        """The stream after a candidate's layer, without the candidate, in parts."""
         with removed(self.model, [candidate]):
             return self._step(self.family.layer_of(self.model, candidate), stream)
 
-    def _step(self, index: int, stream: Stream) -> Stream:
+    def _step(self, index: int, stream: Stream) -> list[Stream]:
+        """The stream after a layer, in parts: what a layer needs for itself is bounded, however many are stacked."""
         layer = self.family.layers(self.model)[index]
-        self.layer_runs += layer_cost(layer) * len(stream["hidden"])
-        return self.family.step(self.model, layer, stream)
+        rows, length = stream["hidden"].shape[:2]
+        self.layer_runs += layer_cost(layer) * rows
+        at_once = max(1, TOKENS_AT_ONCE // length)
+        return [
+            self.family.step(self.model, layer, {name: tensor[row : row + at_once] for name, tensor in stream.items()})
+            for row in range(0, rows, at_once)
+        ]
 
     def _stride(self, row: Tensor, n_layers: int) -> int:
         """Every how many layers a stack is kept, so that all of them fit the budget (one variant born per layer)."""

@@ -1,9 +1,10 @@
 """What the pocket models are trained on, as a pure function of stage, seed and step.
 
-Four stages: "lists" (pairs of words, again and again, of a growing vocabulary), "recall" (dense documents: facts of
-several kinds, three questions for each), "stories" (micro-stories in the tasks' formats, and recall still) and "mix"
-(stories and recall 55 %, instructions 20 %, real prose 25 %). Each sequence comes from one source: documents, each
-after an <|endoftext|>, cut at the sequence's end, or a stretch of prose.
+Five stages: "lists" (pairs of words, again and again, of a growing vocabulary), "pairs" (facts of one relation and
+questions about them), "recall" (dense documents: facts of several kinds, three questions for each), "stories"
+(micro-stories in the tasks' formats, and recall still) and "mix" (stories and recall 55 %, instructions 20 %, prose
+25 %). Each sequence comes from one source: documents, each after an <|endoftext|>, cut at the sequence's end, or a
+stretch of prose. Half the sequences of instructions have a blank line between documents instead, as calibration has.
 Letters: B batch, L tokens.
 """
 
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
 # Share of the sequences that come from each source.
 STAGES = {
     "lists": {"lists": 1.0},
-    "recall": {"lists": 0.2, "pairs": 0.3, "recall": 0.5},
-    "stories": {"lists": 0.05, "pairs": 0.05, "recall": 0.25, "stories": 0.65},
+    "pairs": {"lists": 0.35, "pairs": 0.65},
+    "recall": {"lists": 0.1, "pairs": 0.3, "recall": 0.6},
+    "stories": {"pairs": 0.05, "recall": 0.25, "stories": 0.7},
     "mix": {"recall": 0.15, "stories": 0.4, "instructions": 0.2, "prose": 0.25},
 }
-LIST_STEPS = 500
-"""Over how many steps the lists' vocabulary grows from a few words to all: recall is learned on few, then widened."""
+FEW_WORDS_UNTIL, ALL_WORDS_FROM = 550, 1200
+"""The steps between which the lists' vocabulary grows from a few words to all: recall begins on few, then widens."""
 SOURCES: dict[str, Callable[[random.Random], Document]] = {
     "pairs": pairs_document,
     "recall": recall_document,
@@ -58,22 +60,32 @@ def batch(
         if source == "prose":
             ids[row], weights[row] = _prose(rng, length, tokenizer), PROSE_WEIGHT
         else:
-            make = partial(list_document, share=min(1.0, step / LIST_STEPS)) if source == "lists" else SOURCES[source]
-            ids[row], weights[row] = _documents(rng, make, length, tokenizer)
+            make = partial(list_document, share=_share(step)) if source == "lists" else SOURCES[source]
+            blank_line = source == "instructions" and rng.random() < 0.5
+            ids[row], weights[row] = _documents(rng, make, length, tokenizer, "\n\n" if blank_line else END)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
+def _share(step: int) -> float:
+    return min(1.0, max(0.0, (step - FEW_WORDS_UNTIL) / (ALL_WORDS_FROM - FEW_WORDS_UNTIL)))
+
+
 def _documents(
-    rng: random.Random, make: Callable[[random.Random], Document], length: int, tokenizer: PreTrainedTokenizerFast
+    rng: random.Random,
+    make: Callable[[random.Random], Document],
+    length: int,
+    tokenizer: PreTrainedTokenizerFast,
+    separator: str,
 ) -> tuple[list[int], list[float]]:
-    """Documents one after the other, each after an <|endoftext|>, until the sequence is full."""
+    """Documents one after the other, each after the separator, until the sequence is full."""
+    before = tokenizer.backend_tokenizer.encode(separator).ids
     ids: list[int] = []
     weights: list[float] = []
     while len(ids) < length:
         document = make(rng)
         encoding = tokenizer.backend_tokenizer.encode(document.text)
-        ids += [tokenizer.eos_token_id, *encoding.ids]
-        weights += [TEXT_WEIGHT, *token_weights(document, encoding.offsets)]
+        ids += [*before, *encoding.ids]
+        weights += [TEXT_WEIGHT] * len(before) + token_weights(document, encoding.offsets)
     return ids[:length], weights[:length]
 
 

@@ -66,7 +66,7 @@ def list_document(rng: random.Random, share: float = 1.0) -> Document:
 
 
 def pairs_document(rng: random.Random) -> Document:
-    """Two to four facts of one relation, each asked three times in one form."""
+    """Two to four facts of one relation, each asked for three times."""
     kind = rng.choice(tuple(KINDS.values()))
     relation, form = rng.choice(_PAIRS)
     scene = training_scene(rng, kind, n_people=rng.randint(2, 4))
@@ -74,7 +74,7 @@ def pairs_document(rng: random.Random) -> Document:
     rng.shuffle(found)
     writer = Writer(" ".join(["Facts:", *facts(rng, scene, (relation,))]))
     for query in found:
-        writer.say(f" {query.question}", query.answer, ".")
+        ask(writer, rng, query)
     return writer.document()
 
 

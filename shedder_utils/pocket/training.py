@@ -1,17 +1,16 @@
-"""The recipe of the pocket models: five architectures, the same data in the same order, the same number of tokens.
+"""The recipe of the pocket models: every architecture, the same data in the same order, the same number of tokens.
 
 `python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face
-folder to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. Hidden matrices are
-trained with Muon, everything else with AdamW. A third of the layers learn to recall first, at a third of the cost; then
-each becomes three (progressive stacking), and the deep model is trained on the whole mix.
+folder to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. What a model learns
+first is to recall: pairs of words, then facts in sentences; stories, instructions and prose follow (`corpus.py`).
 
 B batch, L tokens, D model width.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -53,20 +52,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training, but the architecture. Learning rates: Muon's and AdamW's."""
+    """Everything that decides a training, but the architecture. `louder`: see `make_memory_louder`."""
 
     phases: tuple[Phase, ...] = (
-        Phase("lists", 785, 8, 128),
-        Phase("recall", 1455, 8, 128),
-        Phase("stories", 1792, 4, 256),
-        Phase("mix", 1568, 4, 256),
+        Phase("lists", 1300, 8, 128),
+        Phase("pairs", 1200, 8, 128),
+        Phase("recall", 1100, 8, 128),
+        Phase("stories", 2000, 4, 256),
+        Phase("mix", 2400, 4, 256),
     )
-    deepen_after: int = 4032
-    deepen_by: int = 3
     warmup: int = 100
-    decay: int = 1400
-    muon_lr: float = 0.02
-    adam_lr: float = 3e-3
+    decay: int = 3000
+    learning_rate: float = 2e-3
+    louder: float = 10.0
     weight_decay: float = 0.05
     clip: float = 1.0
     seed: int = 20250429
@@ -84,41 +82,33 @@ class Recipe:
         return next(phase for phase, end in zip(self.phases, ends, strict=True) if step < end)
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: up, level, up again for the deeper model, down to a twentieth."""
-        since = step - self.deepen_after if step >= self.deepen_after else step
-        down = (self.steps - step) / self.decay
-        return min(1.0, (since + 1) / self.warmup, 0.05 + 0.95 * down)
+        """The share of the learning rate at a step: up, level, down to a twentieth."""
+        return min(1.0, (step + 1) / self.warmup, 0.05 + 0.95 * (self.steps - step) / self.decay)
 
 
 RECIPES = {name: Recipe() for name in CONFIGS}
 
 
 class Training:
-    """One training under way: model, optimizers, step and curve, all of which its checkpoint holds."""
+    """One training under way: model, optimizer, step and curve, all of which its checkpoint holds."""
 
     def __init__(self, name: str, recipe: Recipe, checkpoint: Path) -> None:
         self.name, self.recipe, self.checkpoint = name, recipe, checkpoint
         self.tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer")
         torch.manual_seed(recipe.seed)
-        shallow = copy.deepcopy(CONFIGS[name])
-        shallow.num_hidden_layers //= recipe.deepen_by
-        self._take(AutoModelForCausalLM.from_config(shallow))
+        self.model = AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+        make_memory_louder(self.model, recipe.louder)
+        self.optimizer = optimizer(self.model, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
         if checkpoint.exists():
             self._resume()
-
-    def _take(self, model: PreTrainedModel) -> None:
-        self.model = model.train()
-        self.optimizers = optimizers(model, self.recipe)
 
     def run(self) -> None:
         """Train to the end: a line every `log_every` steps, scores and a checkpoint every `evaluate_every`."""
         running: list[tuple[float, float]] = []
         while self.step < self.recipe.steps:
             started = time.perf_counter()
-            if self.step == self.recipe.deepen_after:
-                self._take(deepened(self.model, self.recipe.deepen_by))
             running.append(self._train_step())
             self.seconds += time.perf_counter() - started
             self.step += 1
@@ -137,11 +127,10 @@ class Training:
         loss = weighted_loss(logits, ids, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * recipe.rate(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * recipe.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.tokens += ids.numel()
         answers = weights[:, 1:] == ANSWER_WEIGHT
         right = logits.detach()[:, :-1].argmax(-1)[answers] == ids[:, 1:][answers]
@@ -172,7 +161,7 @@ class Training:
         state = {
             "recipe": json.dumps(asdict(self.recipe)),
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "curve": self.curve,
         }  # fmt: skip
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -184,11 +173,8 @@ class Training:
         state = torch.load(self.checkpoint, weights_only=True)
         if state["recipe"] != json.dumps(asdict(self.recipe)):
             raise ModelError(f"checkpoint {self.checkpoint} is of another recipe: delete it, or restore that recipe")
-        if state["step"] > self.recipe.deepen_after:
-            self._take(deepened(self.model, self.recipe.deepen_by))
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens, self.seconds, self.curve = (
             state[key] for key in ("step", "tokens", "seconds", "curve")
         )
@@ -218,24 +204,21 @@ def curves(names: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(points)
 
 
-def deepened(model: PreTrainedModel, times: int) -> PreTrainedModel:
-    """The model whose every layer has become several that follow each other, each giving an equal part of its output.
+def make_memory_louder(model: PreTrainedModel, times: float) -> None:
+    """Let the scans of a new model write `times` as much into their states, and forget no faster.
 
-    It computes nearly what the shallow one did; training goes on and makes the copies differ.
+    Published initialisations make steps so small that a state says little beside the skip D x, and a small model then
+    takes several times as long to begin to recall. A step (dt) that many times larger with a decay rate (A) that many
+    times smaller leaves dt A as it was. Where B and C come from x_proj (Mamba-1), they are made larger as well.
     """
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers *= times
-    tensors = {}
-    for key, value in model.state_dict().items():
-        before, layers, rest = key.partition(".layers.")
-        index, _, name = rest.partition(".")
-        part = value / times if name == "mixer.out_proj.weight" else value
-        for copy_index in range(times) if layers else (0,):
-            place = f"{before}.layers.{int(index) * times + copy_index}.{name}" if layers else key
-            tensors[place] = part.clone()
-    deep: PreTrainedModel = type(model)(config)
-    deep.load_state_dict(tensors)
-    return deep
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter -= math.log(times)
+            elif name.endswith(("dt_bias", "dt_proj.bias")):
+                parameter += math.log(times)
+            elif name.endswith("x_proj.weight"):
+                parameter[-2 * model.config.state_size :] *= 4
 
 
 def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -245,23 +228,12 @@ def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return (losses * counted).sum() / counted.sum()
 
 
-def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the projections' matrices, AdamW for embeddings, norms, convolutions and the scan's parameters."""
-    matrices: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "_proj." in name:
-            matrices.append(parameter)
-        else:
-            (decayed if "embed" in name else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, and neither norms and biases nor the scans' own parameters."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("A_log")]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("A_log")]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=(0.9, 0.95))
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return [muon, adam]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
 
 
 def main(name: str) -> None:
