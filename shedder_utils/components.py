@@ -5,7 +5,9 @@ The kinds are the granularities of the paper (section 3.2, figure 1).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import PlanError
 
@@ -20,6 +22,15 @@ KINDS = {
     "mlp_channels": "the last channels of an MLP",
 }
 """What each kind is. For every kind but `mlp_channels` a component goes whole; there, the index is the MLP."""
+
+WITHIN = {
+    "ssm": ("mamba_block", "hymba_block"),
+    "attention": ("hymba_block",),
+    "mha": ("transformer_block",),
+    "mlp": ("transformer_block",),
+    "mlp_channels": ("mlp", "transformer_block"),
+}
+"""The kinds whose component of the same index holds one of this kind."""
 
 
 @dataclass(frozen=True, order=True)
@@ -53,3 +64,25 @@ class Component:
         if not (colon and index.isdecimal()):
             raise PlanError(f"component {text!r} is malformed: expected 'kind:index', for example 'ssm:17'")
         return cls(kind, int(index))
+
+    def within(self, other: Component) -> bool:
+        """Whether this lies in another component, so that it goes when that goes."""
+        return self.index == other.index and other.kind in WITHIN.get(self.kind, ())
+
+
+class Cut(NamedTuple):
+    """A component and what stays of it: the pair (component, kept), written `ssm:17` or `mlp_channels:3/2048`.
+
+    kept: channels that stay, for `mlp_channels`; 0 for every other kind, which goes whole.
+    """
+
+    component: Component
+    kept: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.component}/{self.kept}" if self.kept else str(self.component)
+
+
+def cuts(gone: Iterable[Component | tuple[Component, int]]) -> list[Cut]:
+    """Components and (component, kept) pairs as cuts."""
+    return [Cut(item) if isinstance(item, Component) else Cut(*item) for item in gone]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 from transformers import PreTrainedModel
 
+from .components import Component, cuts
 from .families import family_of
 
 
@@ -22,3 +25,21 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
         rows.append((kind, len(weights), sum(weights) / len(weights), sum(weights), sum(weights) / total))
     rows.append(("model", 1, total, total, 1.0))
     return pd.DataFrame(rows, columns=["kind", "count", "parameters_each", "parameters", "share"]).set_index("kind")
+
+
+def parameters_removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> int:
+    """How many parameters go with components, as the paper's ratios count them; `gone` as for `removed`."""
+    family = family_of(model)
+    return sum(
+        (family.channels(model) - kept) * family.channel_parameters(model)
+        if component.kind == "mlp_channels"
+        else family.parameters(model, component)
+        for component, kept in cuts(gone)
+    )
+
+
+def ratio(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> float:
+    """The pruning ratio of the paper's tables, from 0 to 1; `gone` as for `removed`."""
+    gone = cuts(gone)
+    dense = family_of(model).parameters_in_ratio(model, [component for component, _ in gone])
+    return parameters_removed(model, gone) / dense

@@ -1,13 +1,19 @@
-"""Loading models: by pocket name, by folder or by Hub id, strictly, without running any code that comes with them."""
+"""Loading models: by pocket name, by folder or by Hub id, strictly, without running any code that comes with them.
+
+Checkpoints of transformers are read by its own classes; those of mamba_ssm, and the pruned ones that the paper's
+authors released, by `families/native.py`. Whatever the format, the result is a transformers model.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +25,17 @@ from transformers import (
 
 from . import kernels
 from .errors import ModelError
-from .families import FAMILIES
+from .families import FAMILIES, family_of, native
 from .pocket.prose import POCKET
+
+PUBLISHED_TOKENIZER = {
+    "mamba": "EleutherAI/gpt-neox-20b",
+    "mamba2": "EleutherAI/gpt-neox-20b",
+    "falcon_mamba": "tiiuae/falcon-mamba-7b",
+    "zamba2": "Zyphra/Zamba2-2.7B",
+    "hymba": "nvidia/Hymba-1.5B-Base",
+}
+"""The Hub id of the tokenizer that the published models of each type were trained with."""
 
 
 def load_model(
@@ -33,21 +48,28 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and tokenizer behind a reference, in evaluation mode, with this package's scans where they apply.
 
-    ref: a pocket name ("pocket-mamba2"), a folder in Hugging Face format, or a Hub id. dtype: None takes float32 on a
-    CPU, else the checkpoint's own. tokenizer: None takes the one beside the weights, a reference takes that one, False
-    loads none (the second result is then None). Weights must be safetensors.
+    ref: a pocket name ("pocket-mamba2"), a folder in the format of transformers or of mamba_ssm, or a Hub id of either.
+    dtype: None takes float32 on a CPU, else the checkpoint's own. tokenizer: None takes the one beside the weights,
+    else the one of the published models of this type; a reference takes that one; False loads none (the second result
+    is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only.
 
+    A checkpoint that the paper's authors released is the pruned model: see `families/native.py`.
     Raises ModelError if the reference cannot be found or read, its architecture is not covered, or a tensor is missing,
     left over or misshapen.
     """
     kernels.install()
     folder = _resolve(ref)
-    config = _config(folder, revision)
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.float32
-    model = _weights(folder, config, dtype, revision).to(device).eval()
+    settings = _settings(folder, revision)
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    if native.is_native(settings):
+        model = _native(folder, settings, dtype, revision)
+    else:
+        model = _transformers(folder, dtype, revision)
+    model = model.to(device).eval()
+    family_of(model).prepare(model)
     model.config._name_or_path = str(ref)
-    return model, _tokenizer(folder, tokenizer, revision)
+    return model, _tokenizer(folder, model.config, tokenizer, revision)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -84,55 +106,121 @@ def _resolve(ref: str | Path) -> str:
     return str(ref)
 
 
-def _config(folder: str, revision: str | None) -> PretrainedConfig:
+def _settings(folder: str, revision: str | None) -> dict[str, Any]:
+    """The content of config.json."""
+    try:
+        return PretrainedConfig.get_config_dict(folder, revision=revision)[0]
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+
+
+def _transformers(folder: str, dtype: torch.dtype | None, revision: str | None) -> PreTrainedModel:
+    """The model of a transformers checkpoint. dtype: None takes the checkpoint's own."""
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {folder}: no usable configuration ({_first_line(error)}): check the name or path"
-        ) from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise _unusable(folder, error) from error
     if config.model_type not in FAMILIES:
         covered = ", ".join(FAMILIES)
         raise ModelError(
             f"model {folder} is of type {config.model_type!r}, which is not covered: expected one of {covered}"
         )
-    return config
-
-
-def _weights(folder: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    reports = logging.getLogger("transformers.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+        model, info = _filled(
+            AutoModelForCausalLM.from_pretrained, folder, config=config, dtype=dtype or config.dtype or torch.float32,
+            revision=revision, use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"model {folder}: weights cannot be read ({_first_line(error)}): expected whole safetensors"
         ) from error
-    finally:
-        reports.setLevel(level)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(str(key) for key in info[problem])
-        if found:
-            what = problem.replace("_", " ").replace("keys", "tensors")
-            raise ModelError(
-                f"model {folder}: {len(found)} {what}, such as {found[0]}: expected a whole checkpoint of this shape"
-            )
+    _check_whole(folder, **info)
     return model
 
 
-def _tokenizer(folder: str, wanted: str | Path | bool | None, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _native(
+    folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None, revision: str | None
+) -> PreTrainedModel:
+    """The model of a mamba_ssm checkpoint, pruned if tensors say so. dtype: None takes that of the embedding."""
+    config = native.configuration(settings, f"model {folder}")
+    tensors = native.tensors(folder, config, revision)
+    if dtype is None:
+        dtype = tensors[native.EMBEDDING].dtype if native.EMBEDDING in tensors else torch.float32
+    model, info = _filled(
+        native.model_class(config).from_pretrained, None, config=config, dtype=dtype, state_dict=tensors
+    )
+    gone, info["missing_keys"] = native.missing_components(model, info["missing_keys"])
+    _check_whole(folder, **info)
+    if gone:
+        native.prune(model, gone)
+    return model
+
+
+def _filled(
+    from_pretrained: Callable[..., Any], source: str | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with what tensors there are, and what `from_pretrained` says of them, in place of its warnings."""
+    reports = logging.getLogger("transformers.modeling_utils")
+    disabled, reports.disabled = reports.disabled, True
+    try:
+        return from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    finally:
+        reports.disabled = disabled
+
+
+def _check_whole(
+    folder: str,
+    missing_keys: Collection[Any],
+    unexpected_keys: Collection[Any],
+    mismatched_keys: Collection[Any],
+    **_: Any,
+) -> None:
+    """Raise ModelError unless every tensor was there, read and of the right shape."""
+    problems = {"missing": missing_keys, "unexpected": unexpected_keys, "mismatched": mismatched_keys}
+    for problem, keys in problems.items():
+        found = sorted(map(_named, keys))
+        if found:
+            raise ModelError(
+                f"model {folder}: {len(found)} {problem} tensors, such as {found[0]}: "
+                "expected a whole checkpoint of this shape"
+            )
+
+
+def _named(key: str | tuple[str, Collection[int], Collection[int]]) -> str:
+    """A tensor's name; for a mismatched one, with its shape in the checkpoint and in the model."""
+    return key if isinstance(key, str) else f"{key[0]} with shape {tuple(key[1])} instead of {tuple(key[2])}"
+
+
+def _tokenizer(
+    folder: str, config: PretrainedConfig, wanted: str | Path | bool | None, revision: str | None
+) -> PreTrainedTokenizerBase | None:
     if wanted is False:
         return None
-    beside = wanted is None or wanted is True
+    source, published = str(wanted), False
+    if wanted is None or wanted is True:
+        published = not any(
+            native.beside(folder, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")
+        )
+        source = PUBLISHED_TOKENIZER[config.model_type] if published else folder
     try:
-        return AutoTokenizer.from_pretrained(folder if beside else str(wanted), revision=revision if beside else None)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision if source == folder else None, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer of {folder}: cannot be read ({_first_line(error)}): pass tokenizer=") from error
+        raise ModelError(
+            f"tokenizer {source} for {folder}: cannot be read ({_first_line(error)}): pass tokenizer="
+        ) from error
+    if published and len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"model {folder} has no tokenizer beside it, and {config.vocab_size} tokens, where {source} has "
+            f"{len(tokenizer)}: pass tokenizer="
+        )
+    return tokenizer
+
+
+def _unusable(folder: str, error: Exception) -> ModelError:
+    return ModelError(f"model {folder}: no usable configuration ({_first_line(error)}): check the name or path")
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")[:160]
+    return str(error).strip().split("\n")[0].rstrip(".:")[:160]

@@ -5,13 +5,14 @@ A plan is what a search produces (Algorithms 1 and 2) and what everything else c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from .components import Component
+from . import released
+from .components import Component, Cut
 from .errors import PlanError
 from .files import write_atomically
 
@@ -78,8 +79,14 @@ class Plan(BaseModel):
 
     @property
     def components(self) -> list[Component]:
-        """The removed components in order."""
+        """The removed components in order; one that loses channels again and again appears each time."""
         return [removal.component for removal in self.removals]
+
+    @property
+    def gone(self) -> list[Cut]:
+        """What `removed` takes for the whole plan: each component once, with the channels that stay at the end."""
+        left = {removal.component: removal.kept or 0 for removal in self.removals}
+        return [Cut(component, kept) for component, kept in left.items()]
 
     @property
     def scores(self) -> list[float | None]:
@@ -95,6 +102,19 @@ class Plan(BaseModel):
     def save(self, path: str | Path) -> None:
         """Write JSON to `path`, whole or not at all."""
         write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def from_released(cls, source: str | Path | Mapping[str, Any]) -> Plan:
+        """The plan in a JSON file that the paper's authors released, or in its content.
+
+        It has the removals alone: no scores, and no counts of parameters. Raises PlanError: see `released.read`.
+        """
+        steps = released.read(source)
+        where = {} if isinstance(source, Mapping) else {"file": str(source)}
+        return cls(
+            removals=[Removal(component=step.component, kept=step.kept, stage=step.stage) for step in steps],
+            provenance={"method": "released", **where},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -34,7 +34,8 @@ class ModelFacts(_Strict):
     """The model of a run: which weights, how many parameters, and what was removed from it, in order.
 
     name is the profile's, ref what `load_model` was given; fingerprint is the sha256 of the weights;
-    parameters are unique ones, dense and after the removals, such as ("mamba_block:17", "mamba_block:4").
+    parameters are unique ones, dense and after the removals, such as ("mamba_block:17", "mamba_block:4"); ratio is the
+    share removed as the paper counts it, from 0 to 1.
     """
 
     name: Name
@@ -44,6 +45,7 @@ class ModelFacts(_Strict):
     fingerprint: str
     parameters_dense: int
     parameters: int
+    ratio: float = 0.0
     removals: tuple[str, ...] = ()
 
 

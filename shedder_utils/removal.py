@@ -7,13 +7,13 @@ what `extract` must equal (sections 3.2 and 3.3 of the paper).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .components import Component
+from .components import Component, cuts
 from .errors import PlanError
 from .families import family_of
 
@@ -32,13 +32,17 @@ def components(model: PreTrainedModel, kinds: str | Iterable[str] | None = None)
     return [component for component in family.components(model) if component.kind in wanted]
 
 
-def check(model: PreTrainedModel, gone: Sequence[Component]) -> None:
+def check(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> None:
     """Refuse components that cannot go together from a model.
 
-    Raises PlanError for one that the model does not have, one removed twice, and an SSM in a removed block.
+    Raises PlanError for one that the model does not have, one removed twice, one inside another that goes too, one that
+    what stays cannot do without, and a number of MLP channels to keep that is not below the MLP's width.
     """
-    there = set(components(model))
-    for component, count in Counter(gone).items():
+    there, kept = set(components(model)), cuts(gone)
+    counts = Counter(component for component, _ in kept)
+    if conflict := family_of(model).conflict(model, counts):
+        raise PlanError(conflict)
+    for component, count in counts.items():
         if component not in there:
             n = sum(other.kind == component.kind for other in there)
             raise PlanError(
@@ -47,23 +51,34 @@ def check(model: PreTrainedModel, gone: Sequence[Component]) -> None:
             )
         if count > 1:
             raise PlanError(f"{component} is removed {count} times: remove it once")
-        if component.kind == "ssm" and Component("mamba_block", component.index) in gone:
-            raise PlanError(
-                f"{component} lies in mamba_block:{component.index}, which is removed too: drop one of them"
-            )
+        for other in counts:
+            if component.within(other):
+                raise PlanError(f"{component} lies in {other}, which is removed too: drop one of them")
+    for component, channels in kept:
+        _check_kept(component, channels, family_of(model).channels(model) if component.kind == "mlp_channels" else 0)
+
+
+def _check_kept(component: Component, kept: int, width: int) -> None:
+    if width and not 0 < kept < width:
+        raise PlanError(
+            f"{component} keeps {kept} of {width} channels: expected 1 to {width - 1}, in a pair (component, kept)"
+        )
+    if kept and not width:
+        raise PlanError(f"{component} goes whole, {kept} channels to keep were given: expected none")
 
 
 @contextmanager
-def removed(model: PreTrainedModel, gone: Iterable[Component]) -> Iterator[PreTrainedModel]:
+def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> Iterator[PreTrainedModel]:
     """Inside, `model` computes as if the components were gone; afterwards it is bit for bit what it was.
 
+    gone: components; for `mlp_channels`, pairs of a component and the number of channels that stay.
     The pruned counterparts share the model's parameters. Raises PlanError (see `check`) before anything changes.
     """
-    gone = list(gone)
+    gone = cuts(gone)
     check(model, gone)
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for change in family_of(model).substitutions(model, gone):
+        for change in family_of(model).substitutions(model, dict(gone)):
             originals.append((change.parent, change.name, getattr(change.parent, change.name)))
             setattr(change.parent, change.name, change.replacement)
         yield model

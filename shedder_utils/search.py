@@ -15,10 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .components import Component
+from .components import Component, Cut
 from .errors import PlanError
 from .families import family_of
 from .importance import evaluating, perplexity
+from .inventory import parameters_removed
 from .loading import identity
 from .plan import Plan, Removal, Stage
 from .removal import components, removed
@@ -101,25 +102,32 @@ class _Search:
 
     def advance(self, number: int) -> None:
         """Make one removal and store the plan."""
-        gone = self.plan.components
+        gone = self.plan.gone
         candidates = _candidates(self.model, self.stages[number], gone)
-        self.plan.provenance["layer_runs_plain"] += sum(self._pass_cost([*gone, one]) for one in candidates)
+        self.plan.provenance["layer_runs_plain"] += sum(self._pass_cost(_with(gone, one)) for one in candidates)
         best, score = self._fast(gone, candidates) if self.method == "fast" else self._plain(gone, candidates)
-        parameters = family_of(self.model).parameters(self.model, best)
-        self.plan.removals.append(Removal(component=best, stage=number, score=score, parameters=parameters))
+        self.plan.removals.append(
+            Removal(
+                component=best.component,
+                kept=best.kept if best.component.kind == "mlp_channels" else None,
+                stage=number,
+                score=score,
+                parameters=parameters_removed(self.model, _with(gone, best)) - parameters_removed(self.model, gone),
+            )
+        )
         self._save()
 
-    def _plain(self, gone: list[Component], candidates: list[Component]) -> tuple[Component, float]:
+    def _plain(self, gone: list[Cut], candidates: list[Cut]) -> tuple[Cut, float]:
         """Algorithm 1: one full pass for each candidate; min() keeps the first of equals."""
         with self._bar(len(candidates)) as bar:
             scores = []
             for candidate in candidates:
-                scores.append(self._full_pass([*gone, candidate]))
+                scores.append(self._full_pass(_with(gone, candidate)))
                 bar.update()
         best = min(range(len(candidates)), key=scores.__getitem__)
         return candidates[best], scores[best]
 
-    def _fast(self, gone: list[Component], candidates: list[Component]) -> tuple[Component, float]:
+    def _fast(self, gone: list[Cut], candidates: list[Cut]) -> tuple[Cut, float]:
         """One sweep, then a full pass for the best, and for those as good within rounding."""
         before = self.sweep.layer_runs
         with self._bar(len(self.calibration.batches)) as bar:
@@ -128,17 +136,17 @@ class _Search:
         limit = min(scores) * (1 + self.tolerance)
         tied = [candidate for candidate, score in zip(candidates, scores, strict=True) if score <= limit]
         self.plan.provenance["ties"] += len(tied) - 1
-        exact = [self._full_pass([*gone, candidate]) for candidate in tied]
+        exact = [self._full_pass(_with(gone, candidate)) for candidate in tied]
         best = min(range(len(tied)), key=exact.__getitem__)
-        self.sweep.forget(tied[best], [c for c in candidates if c != tied[best]])
+        self.sweep.forget(tied[best])
         return tied[best], exact[best]
 
-    def _full_pass(self, gone: Sequence[Component]) -> float:
+    def _full_pass(self, gone: Sequence[Cut]) -> float:
         self.plan.provenance["layer_runs"] += self._pass_cost(gone)
         with removed(self.model, gone):
             return perplexity(self.model, self.calibration)
 
-    def _pass_cost(self, gone: Sequence[Component]) -> int:
+    def _pass_cost(self, gone: Sequence[Cut]) -> int:
         with removed(self.model, gone):
             present = sum(map(layer_cost, family_of(self.model).layers(self.model)))
         return present * self.calibration.sequences
@@ -159,27 +167,44 @@ def _check(model: PreTrainedModel, stages: list[Stage], method: str, metric: str
             raise PlanError(f"search {name} {value!r} is unknown: expected one of {', '.join(known)}")
     asked: dict[str, int] = {}
     for stage in stages:
-        there = len(components(model, stage.kinds))
+        there = sum(_removals(model, component, stage.group) for component in components(model, stage.kinds))
         key = " & ".join(stage.kinds)
         asked[key] = asked.get(key, 0) + stage.steps
         if asked[key] > there:
             raise PlanError(f"{asked[key]} removals of {key} were asked for, the model has {there}: ask for fewer")
 
 
-def _candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Component]) -> list[Component]:
-    """What may go next, in depth order: not what is gone, nor what lies in a block that is."""
-    blocks = {component.index for component in gone if component.kind == "mamba_block"}
-    inside = {component.index for component in gone if component.kind == "ssm"}
-    left = [
-        component
-        for component in components(model, stage.kinds)
-        if component not in gone
-        and not (component.kind == "ssm" and component.index in blocks)
-        and not (component.kind == "mamba_block" and component.index in inside)
-    ]
+def _removals(model: PreTrainedModel, component: Component, group: int) -> int:
+    """How often something can be taken from a component: channels, `group` at a time, as long as some are left."""
+    if component.kind != "mlp_channels":
+        return 1
+    width = family_of(model).channels(model)
+    if width % group:
+        raise PlanError(f"group {group} does not divide the {width} channels of {component}: choose a divisor")
+    return width // group - 1
+
+
+def _candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Cut]) -> list[Cut]:
+    """What may go next, in depth order: not what is gone, nor what lies in it or holds it; channels one group less."""
+    left, kept, width = [], dict(gone), family_of(model).channels
+    for component in components(model, stage.kinds):
+        if any(component.within(other) or other.within(component) for other in kept):
+            continue
+        if family_of(model).conflict(model, [*kept, component]):
+            continue
+        if component.kind == "mlp_channels":
+            left.append(Cut(component, kept.get(component, width(model)) - stage.group))
+        elif component not in kept:
+            left.append(Cut(component))
+    left = [cut for cut in left if cut.kept > 0 or cut.component.kind != "mlp_channels"]
     if not left:
         raise PlanError(f"nothing is left to remove of {' & '.join(stage.kinds)}: ask for fewer steps")
     return left
+
+
+def _with(gone: Sequence[Cut], candidate: Cut) -> list[Cut]:
+    """What is gone if a candidate goes too, in place of an earlier cut of the same component."""
+    return [*(cut for cut in gone if cut.component != candidate.component), candidate]
 
 
 def _resumed(found: Plan, wanted: Plan, path: Path) -> Plan:

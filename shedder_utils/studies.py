@@ -14,16 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import kernels, profiles
 from .calibration import Calibration, calibrate
-from .components import Component
+from .components import Cut
 from .errors import ProfileError
 from .evaluation import evaluate
-from .families import family_of, random_model
+from .families import random_model
 from .files import in_project
 from .importance import perplexity
+from .inventory import ratio
 from .loading import fingerprint, load_model
 from .plan import Plan, Stage
 from .pocket.tasks import TASKS, tasks_fingerprint
 from .pocket.tokenizer import load_tokenizer
+from .profiles import Profile, Study
 from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
 from .removal import removed
 from .search import search
@@ -89,30 +91,38 @@ class Workbench:
         setting: str,
         spec: dict[str, Any],
         data: dict[str, DataFacts],
-        gone: Sequence[Component],
+        gone: Sequence[Cut],
         compute: Callable[[Request], Outcome],
     ) -> Record:
         """The record of one run on this model less `gone`: the one on disk if its inputs are the same."""
-        settings, family = self.profile.models[self.name], family_of(self.model)
-        total = self.model.num_parameters()
-        dead = sum(family.dead_parameters(self.model, component) for component in gone)
+        settings, dense = self.profile.models[self.name], self.model.num_parameters()
+        with removed(self.model, gone):
+            left = self.model.num_parameters()
         model = ModelFacts(
             name=self.name,
             ref=settings.ref or f"random:{self.name}",
             dtype=str(self.model.dtype).removeprefix("torch."),
             fingerprint=self._fingerprint,
-            parameters_dense=total,
-            parameters=total - dead,
+            parameters_dense=dense,
+            parameters=left,
+            ratio=ratio(self.model, gone),
             removals=tuple(map(str, gone)),
         )
         request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
         return recorded(self.output, request, lambda: compute(request), force=self.force)[0]
 
 
-def workbenches(profile: str | Path, models: str = "", output: str | Path = "runs") -> dict[str, Workbench]:
-    """A workbench for each model of a profile, or for those named in `models`, separated by commas."""
-    names = [name.strip() for name in models.split(",") if name.strip()] or list(profiles.load(profile).models)
-    return {name: Workbench(profile, name, output) for name in names}
+def workbenches(
+    profile: str | Path, models: str = "", output: str | Path = "runs", study: str | None = None
+) -> dict[str, Workbench]:
+    """A workbench for each model of a profile, or for those named in `models`, separated by commas.
+
+    study: only models that this study is about. Raises ProfileError for a model or study that the profile lacks.
+    """
+    settings = profiles.load(profile)
+    names = [name.strip() for name in models.split(",") if name.strip()] or list(settings.models)
+    about = settings.models if study is None else _study(settings, study).rows
+    return {name: Workbench(profile, name, output) for name in names if name in about or name not in settings.models}
 
 
 def dense(bench: Workbench) -> Record:
@@ -127,19 +137,26 @@ def pruning(bench: Workbench, study: str) -> dict[int, Record]:
     removals; the dense model's is the one at 0. Raises ProfileError for a study that the profile does not have.
     """
     plan = removal_order(bench, study)
-    counts = bench.profile.studies[study].evaluate
-    return {
-        n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).components) if n else dense(bench) for n in counts
-    }
+    counts = bench.profile.studies[study].rows[bench.name]
+    return {n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).gone) if n else dense(bench) for n in counts}
+
+
+def _study(profile: Profile, name: str) -> Study:
+    if name not in profile.studies:
+        known = ", ".join(profile.studies)
+        raise ProfileError(f"profile {profile.name}: no study {name!r}, expected one of {known}")
+    return profile.studies[name]
 
 
 def removal_order(bench: Workbench, study: str) -> Plan:
     """The plan of a study's search, with the calibration perplexity after each removal (figure 4)."""
-    if study not in bench.profile.studies:
-        known = ", ".join(bench.profile.studies)
-        raise ProfileError(f"profile {bench.profile.name}: no study {study!r}, expected one of {known}")
-    settings = bench.profile.studies[study]
-    spec = {"kind": settings.kind, "steps": settings.steps, "calibration": bench.profile.calibration.model_dump()}
+    settings = _study(bench.profile, study)
+    if bench.name not in settings.rows:
+        raise ProfileError(f"study {study} is not about {bench.name}: expected one of {', '.join(settings.rows)}")
+    spec = {
+        "stages": [stage.model_dump(mode="json", exclude_none=True) for stage in settings.stages],
+        "calibration": bench.profile.calibration.model_dump(),
+    }
     data = {"calibration": _facts(bench.calibration)}
 
     def compute(request: Request) -> Outcome:
@@ -148,14 +165,15 @@ def removal_order(bench: Workbench, study: str) -> Plan:
         )
         if bench.force:
             checkpoint.unlink(missing_ok=True)
-        plan = search(bench.model, bench.calibration, Stage(settings.kind, settings.steps), checkpoint=checkpoint)
+        stages = [Stage(**stage.model_dump(exclude_none=True)) for stage in settings.stages]
+        plan = search(bench.model, bench.calibration, stages, checkpoint=checkpoint)
         checkpoint.unlink()
         return Outcome(metrics={}, plan=plan.model_dump(mode="json"))
 
     return Plan.model_validate(bench.record(study, SEARCH, spec, data, [], compute).plan)
 
 
-def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Component]) -> Record:
+def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Cut]) -> Record:
     """The record of lm-eval's scores and the prose perplexity of the model less some components."""
     settings = bench.profile.evaluation
     pocket = tuple(task for task in settings.task_names if task in TASKS)

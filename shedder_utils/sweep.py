@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .components import Component
+from .components import Cut
 from .families import Stream, family_of
 from .importance import sequence_losses, to_perplexity
 from .removal import removed
@@ -39,7 +40,7 @@ class Stack:
     owners: whose B rows follow each other in the stream; the first is None, the model without any candidate removed.
     """
 
-    owners: list[Component | None]
+    owners: list[Cut | None]
     stream: Stream
     rows: int
 
@@ -48,7 +49,7 @@ class Stack:
         begin = position * self.rows
         return {name: tensor[begin : begin + self.rows] for name, tensor in self.stream.items()}
 
-    def only(self, owners: set[Component | None]) -> Stack:
+    def only(self, owners: set[Cut | None]) -> Stack:
         """The stack without the variants of others."""
         keep = [i for i, owner in enumerate(self.owners) if owner in owners]
         if len(keep) == len(self.owners):
@@ -69,17 +70,15 @@ class Sweep:
         self.memory_gib = memory_gib
         self.layer_runs = 0
         self.kept: list[dict[int, Stack]] = [{} for _ in calibration.batches]
-        self.scored: set[Component] = set()
+        self.scored: set[Cut] = set()
 
-    def scores(self, gone: Sequence[Component], candidates: Sequence[Component], progress: tqdm) -> list[float]:
+    def scores(self, gone: Sequence[Cut], candidates: Sequence[Cut], progress: tqdm) -> list[float]:
         """The perplexity without each candidate, for a model without `gone`."""
-        if not self.scored.issuperset(candidates):  # another stage: the kept stacks lack the new candidates
-            self.kept = [{} for _ in self.calibration.batches]
-        self.scored = set(candidates)
+        self._keep_for(candidates)
         at = defaultdict(list)
         for candidate in candidates:
-            at[self.family.layer_of(self.model, candidate)].append(candidate)
-        losses: dict[Component, list[Tensor]] = {candidate: [] for candidate in candidates}
+            at[self.family.layer_of(self.model, candidate.component)].append(candidate)
+        losses: dict[Cut, list[Tensor]] = {candidate: [] for candidate in candidates}
         with removed(self.model, gone):
             for number, batch in enumerate(self.calibration.batches):
                 for owner, loss in self._walk(number, batch.to(self.model.device), at):
@@ -87,21 +86,30 @@ class Sweep:
                 progress.update()
         return [to_perplexity(losses[candidate]) for candidate in candidates]
 
-    def forget(self, removal: Component, candidates: Sequence[Component]) -> None:
-        """Drop what a removal made invalid: the stacks after its layer, and variants that are no candidates now."""
-        layer = self.family.layer_of(self.model, removal)
+    def forget(self, removal: Cut) -> None:
+        """Drop what a removal made invalid: the stacks after its layer."""
+        layer = self.family.layer_of(self.model, removal.component)
         for stacks in self.kept:
             for index in [index for index in stacks if index > layer]:
                 del stacks[index]
-            for index in stacks:
-                stacks[index] = stacks[index].only({None, *candidates})
 
-    def _walk(self, number: int, ids: Tensor, at: dict[int, list[Component]]) -> list[tuple[Component, Tensor]]:
+    def _keep_for(self, candidates: Sequence[Cut]) -> None:
+        """Keep the stacks that lack no variant of these candidates, without the variants of others."""
+        new = [self.family.layer_of(self.model, cut.component) for cut in candidates if cut not in self.scored]
+        for stacks in self.kept:
+            for index, stack in list(stacks.items()):
+                if new and (index > min(new) or None not in stack.owners):
+                    del stacks[index]
+                else:
+                    stacks[index] = stack.only({None, *candidates})
+        self.scored = set(candidates)
+
+    def _walk(self, number: int, ids: Tensor, at: dict[int, list[Cut]]) -> list[tuple[Cut, Tensor]]:
         """The losses (B,) of every candidate's variant on one batch."""
         layers = self.family.layers(self.model)
         begin = max(self.kept[number], default=0)
         stack = self.kept[number].get(begin) or Stack([None], self.family.start(self.model, ids), len(ids))
-        stride, last_birth = self._stride(stack.stream["hidden"][:1], len(layers)), max(at)
+        stride, last_birth = self._stride(stack.stream, at, len(layers)), max(at)
         for index in range(begin, len(layers)):
             if index % stride == 0 and index:
                 self.kept[number][index] = stack
@@ -116,10 +124,10 @@ class Sweep:
             if owner is not None
         ]
 
-    def _variant(self, candidate: Component, stream: Stream) -> list[Stream]:
+    def _variant(self, candidate: Cut, stream: Stream) -> list[Stream]:
         """The stream after a candidate's layer, without the candidate, in parts."""
         with removed(self.model, [candidate]):
-            return self._step(self.family.layer_of(self.model, candidate), stream)
+            return self._step(self.family.layer_of(self.model, candidate.component), stream)
 
     def _step(self, index: int, stream: Stream) -> list[Stream]:
         """The stream after a layer, in parts: what a layer needs for itself is bounded, however many are stacked."""
@@ -132,9 +140,11 @@ class Sweep:
             for row in range(0, rows, at_once)
         ]
 
-    def _stride(self, row: Tensor, n_layers: int) -> int:
-        """Every how many layers a stack is kept, so that all of them fit the budget (one variant born per layer)."""
-        everything = row.nbytes * self.calibration.sequences * n_layers * (n_layers + 1) / 2
+    def _stride(self, stream: Stream, at: dict[int, list[Cut]], n_layers: int) -> int:
+        """Every how many layers a stack is kept, so that all of them fit the budget."""
+        row = sum(tensor[:1].nbytes for tensor in stream.values())
+        owners = accumulate((len(at.get(index, ())) for index in range(n_layers)), initial=1)
+        everything = row * self.calibration.sequences * sum(owners)
         return max(1, math.ceil(everything / (self.memory_gib * 2**30)))
 
 

@@ -71,7 +71,7 @@ def test_each_answer_of_a_document_is_a_token_of_its_own_and_has_the_high_weight
 # Corpus
 
 
-@pytest.mark.parametrize(("stage", "length"), [("lists", 128), ("recall", 128), ("stories", 256), ("mix", 256)])
+@pytest.mark.parametrize(("stage", "length"), [("few words", 128), ("pairs", 128), ("stories", 256), ("mix", 256)])
 def test_batch_is_a_pure_function_of_stage_seed_and_step(tokenizer, stage, length):
     ids, weights = corpus.batch(stage, 3, 7, 4, length, tokenizer)
     again = corpus.batch(stage, 3, 7, 4, length, tokenizer)

@@ -7,8 +7,7 @@ import yaml
 
 from shedder_utils import paper, profiles
 from shedder_utils.errors import ProfileError
-
-STUDY_TABLES = {"block_pruning": 1, "ssm_pruning": 2}
+from shedder_utils.report.tables import paper_values, target_of
 
 
 @pytest.fixture
@@ -24,18 +23,21 @@ def test_shipped_profile_fits_the_paper(name):
     metrics = {column.column: column.metric for column in profile.evaluation.tasks}
     assert metrics == {"ppl": "perplexity", **paper.column_metrics()}
     assert profile.evaluation.accuracies == list(paper.column_metrics())
-    for study, settings in profile.studies.items():
-        for model in profile.models.values():
-            for pruned in settings.stands_for:
-                row = paper.reported(STUDY_TABLES[study], model=model.paper, pruned=pruned, kind=settings.kind)
-                assert row["average"] > 40
+    for settings in profile.studies.values():
+        for model, rows in settings.rows.items():
+            for n_removed, stands_for in rows.items():
+                target = target_of(settings, n_removed)
+                row = paper_values(settings.table, profile.models[model].paper, stands_for, target)
+                assert row["average"] > 40, (model, n_removed)
 
 
 def test_pocket_removes_the_papers_shares():
     profile = profiles.load("pocket")
     for study in profile.studies.values():
-        for ours, theirs in zip(study.evaluate, study.stands_for, strict=True):
-            assert abs(ours / 24 - theirs / 64) <= 0.5 / 24
+        for model, rows in study.rows.items():
+            blocks = paper.models()[profile.models[model].paper]["blocks"]
+            for ours, theirs in rows.items():
+                assert abs(ours / 24 - theirs / blocks) <= 0.5 / 24
 
 
 def test_smoke_needs_no_weights_on_disk():
@@ -72,16 +74,17 @@ def edited(content: dict, place: str, value: object) -> dict:
         ("models.smoke-mamba.ref", "x", "expected one of 'ref' and 'random'"),
         ("models.smoke-mamba.paper", "mamba-3b", "no model 'mamba-3b'"),
         ("calibration.samples", 0, "calibration.samples"),
-        ("studies.ssm_pruning.evaluate", [0, 1, 3], "up to steps, 2"),
-        ("studies.ssm_pruning.evaluate", [0, 2, 1], "rising"),
-        ("studies.ssm_pruning.stands_for", [0, 16], "stands_for"),
-        ("studies.ssm_pruning.kind", "ssms", "kind 'ssms' is unknown"),
-        ("studies.ssm_pruning.steps", 7, "too few for 7"),
+        ("studies.ssm_pruning.rows.smoke-mamba", {0: 0, 3: 16}, "up to 2 steps"),
+        ("studies.ssm_pruning.rows.smoke-mamba", {1: 16, 0: 0}, "rising"),
+        ("studies.ssm_pruning.rows.smoke-mambo", {0: 0}, "no model 'smoke-mambo'"),
+        ("studies.ssm_pruning.stages", [{"kinds": ["ssms"], "steps": 2}], "kind 'ssms' is unknown"),
+        ("studies.ssm_pruning.stages", [{"kinds": ["ssm"], "steps": 2, "group": 4}], "group"),
+        ("studies.ssm_pruning.stages", [{"kinds": ["mlp_channels"], "steps": 2}], "group"),
     ],
 )
 def test_mistake_is_named_in_one_line(tmp_path: Path, content: dict, place: str, value: object, message: str):
     file = tmp_path / "wrong.yaml"
-    file.write_text(yaml.safe_dump(edited(content, place, value)))
+    file.write_text(yaml.safe_dump(sort_keys=False, data=edited(content, place, value)))
     with pytest.raises(ProfileError) as error:
         profiles.load(file)
     assert message in str(error.value)

@@ -24,7 +24,6 @@ from shedder_utils.report.tables import Cell
 
 LAYERS, N_ITEMS, DENSE_PARAMETERS, PER_LAYER = 24, 400, 2_000_000, 50_000
 POCKET = profiles.load("pocket")
-STEPS = {"block_pruning": ("mamba_block", 6), "ssm_pruning": ("ssm", 12)}
 ENVIRONMENT = Environment(
     python="3.11.1",
     torch="2.13.0",
@@ -53,14 +52,18 @@ class World:
     def write(self) -> World:
         for model in self.profile.models:
             self.store("dense", model, "scores", metrics=self.metrics("dense", model, 0))
-            for study in self.profile.studies:
+            for study in self.studies_of(model):
                 self.store(study, model, "search", plan=self.plan(study, model))
-                for n in self.profile.studies[study].evaluate[1:]:
+                for n in filter(None, self.profile.studies[study].rows[model]):
                     self.store(study, model, f"{n:02d}_removed", n, self.metrics(study, model, n))
         return self
 
+    def studies_of(self, model: str) -> list[str]:
+        return [name for name, study in self.profile.studies.items() if model in study.rows]
+
     def plan(self, study: str, model: str) -> Plan:
-        kind, steps = STEPS[study]
+        settings = self.profile.studies[study]
+        kind, steps = settings.kinds[0], settings.steps
         scores = [math.exp(1 + self.rise.get((study, model), 0.05) * n) for n in range(steps + 1)]
         removals = [
             Removal(component=f"{kind}:{LAYERS - n}", score=scores[n], parameters=PER_LAYER)
@@ -98,6 +101,7 @@ class World:
             removals=gone,
             parameters_dense=DENSE_PARAMETERS,
             parameters=DENSE_PARAMETERS - n * PER_LAYER,
+            ratio=n * PER_LAYER / DENSE_PARAMETERS,
         )
         data = {"tasks": DataFacts(name="seven", fingerprint="d" * 64)}
         request = Request(study=study, profile=self.profile.name, setting=setting, spec={}, model=facts, data=data)
@@ -299,8 +303,8 @@ def test_crossover_counts_the_removals_at_which_the_sign_holds(world, n_wrong, v
     removals = [plan.removals[0], *lower, *plan.removals[1 + n_wrong :]]
     world.store(*BLOCKS_2, "search", plan=plan.model_copy(update={"removals": removals}))
     found = verdict_of("C12", world.root)
-    assert (found.verdict, len(found.numbers)) == (verdict, 5 + 11)
-    assert f"at {5 - n_wrong} of 5 counts for Mamba blocks and at 11 of 11 for SSMs" in found.why
+    assert (found.verdict, len(found.numbers)) == (verdict, 5 + 10)
+    assert f"at {5 - n_wrong} of 5 counts for Mamba blocks and at 10 of 10 for SSMs" in found.why
 
 
 def test_a_model_at_chance_shows_nothing(tmp_path):
@@ -382,7 +386,7 @@ def test_figures_draw_the_papers_points_and_ours_on_shares_of_layers(world):
 
 def test_figure_4_draws_each_search_from_the_dense_model_on(world):
     left, right = report.figure(4, "pocket", world.root).figure.axes
-    assert [len(line.get_xdata()) for line in (*left.get_lines(), *right.get_lines())] == [7, 7, 13, 13]
+    assert [len(line.get_xdata()) for line in (*left.get_lines(), *right.get_lines())] == [7, 7, 12, 12]
     assert left.get_lines()[1].get_ydata()[6] == pytest.approx(math.exp(1 + 6 * 0.2))
     assert left.get_lines()[1].get_xdata()[6] == pytest.approx(25)
 
@@ -395,12 +399,30 @@ def test_infinite_perplexity_is_shown_in_tables_and_left_out_of_figures(world):
     assert verdict_of("C1", world.root).verdict == "close"
 
 
+def test_tables_3_to_5_stand_beside_the_papers_rows(tmp_path):
+    world = World(tmp_path, profiles.load("smoke"), n_items=4).write()
+    found = {number: report.table(number, "smoke", world.root, world.root).frame for number in (3, 4, 5)}
+    parts = found[3][found[3]["column"] == "average"].set_index("target")
+    assert parts.loc["mamba_block & mlp & mha + mlp_channels", "paper"] == 66.3
+    assert parts.loc["mamba_block & mlp & mha + mlp_channels + ssm", "paper"] == 65.9
+    assert list(parts.index)[:2] == ["dense", "mamba_block & transformer_block"]
+    hymba = found[4].set_index(["pruned", "column"])
+    assert hymba.loc[(1, "average"), "paper"] == 62.3
+    columns = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande")
+    five = [hymba.loc[(1, column), "yours"] for column in columns]
+    assert hymba.loc[(1, "average"), "yours"] == pytest.approx(sum(five) / 5)
+    falcon = found[5].set_index(["target", "pruned", "column"])
+    assert falcon.loc[("mamba_block", 1, "ppl"), "paper"] == 4.01
+    assert falcon.loc[("ssm", 1, "ppl"), "paper"] == 3.47
+
+
 def test_csv_has_one_line_for_each_cell(world, tmp_path):
     markdown, tidy, latex = report.table(1, "pocket", world.root, world.root).save(tmp_path)
     rows = list(csv.DictReader(tidy.read_text().splitlines()))
     assert len(rows) == 2 * 3 * 10
     assert list(rows[0]) == [
         "model",
+        "target",
         "pruned",
         "of",
         "stands_for",

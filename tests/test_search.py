@@ -17,6 +17,7 @@ from conftest import random_model
 from transformers import PreTrainedModel
 
 from shedder_utils import Calibration, Component, Plan, PlanError, Stage, perplexity, removed, search
+from shedder_utils.components import Cut
 
 search_module = importlib.import_module("shedder_utils.search")  # the package's attribute of that name is the function
 
@@ -80,12 +81,12 @@ def test_fast_runs_fewer_layers(model: PreTrainedModel, calibration: Calibration
 
 def test_sweep_scores_equal_full_passes(model: PreTrainedModel, calibration: Calibration) -> None:
     gone = [Component("mamba_block", 2), Component("ssm", 4)]
-    candidates = [Component(kind, i) for i in (0, 1, 3, 5) for kind in ("mamba_block", "ssm")]
+    candidates = [Cut(Component(kind, i)) for i in (0, 1, 3, 5) for kind in ("mamba_block", "ssm")]
     with torch.no_grad():
         sweep = search_module.Sweep(model, calibration, 1.0)
         scores = sweep.scores(gone, candidates, search_module.tqdm(disable=True))
     for candidate, score in zip(candidates, scores, strict=True):
-        with removed(model, [*gone, candidate]):
+        with removed(model, [*gone, candidate.component]):
             assert score == pytest.approx(perplexity(model, calibration), rel=1e-5)
 
 

@@ -9,7 +9,7 @@ B batch, L tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -23,11 +23,23 @@ Stream = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Substitution:
-    """One change to a model: `parent`'s child `name` gives way to `replacement`."""
+    """One change to a model: `parent`'s child `name` gives way to `replacement`, or to None where that is skipped."""
 
     parent: nn.Module
     name: str
-    replacement: nn.Module
+    replacement: nn.Module | None
+
+
+@dataclass(frozen=True)
+class ChannelWeights:
+    """One MLP's tensors by channel, on the model's own memory: I channels.
+
+    gate_up: the gate and up projections (I, D); others: what else has a row for each channel, (I, ...); down: (D, I).
+    """
+
+    gate_up: list[Tensor]
+    others: list[Tensor]
+    down: Tensor
 
 
 class Family(ABC):
@@ -36,21 +48,48 @@ class Family(ABC):
     models: tuple[str, ...]
     kinds: tuple[str, ...]
 
+    def prepare(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Set what a model just built or loaded needs in order to compute as its authors' code does."""
+
     @abstractmethod
     def components(self, model: PreTrainedModel) -> list[Component]:
         """Everything removable, in depth order."""
+
+    def conflict(self, model: PreTrainedModel, components: Iterable[Component]) -> str | None:
+        """Why these components cannot go together, in one line; None if they can."""
+        return None
 
     @abstractmethod
     def layer_of(self, model: PreTrainedModel, component: Component) -> int:
         """The index of the layer that holds a component."""
 
     @abstractmethod
-    def substitutions(self, model: PreTrainedModel, components: Sequence[Component]) -> list[Substitution]:
-        """What to change so that the model computes without these components. Parameters are shared, not copied."""
+    def substitutions(self, model: PreTrainedModel, components: Mapping[Component, int]) -> list[Substitution]:
+        """What to change so that the model computes without these components. Parameters are shared, not copied.
+
+        components: each with the channels that stay of it (`mlp_channels`; 0 for every other kind, which goes whole).
+        The model may already be without others, and `mlp_channels` without some of its channels.
+        """
 
     @abstractmethod
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
         """How many parameters a removal takes from the model, as the paper's ratios count them."""
+
+    def parameters_in_ratio(self, model: PreTrainedModel, components: Iterable[Component]) -> int:
+        """How many parameters the dense model has where a paper's ratio for the removal of these components counts."""
+        return model.num_parameters()
+
+    def channels(self, model: PreTrainedModel) -> int:
+        """How many channels each MLP has before any goes."""
+        return model.config.intermediate_size
+
+    def channel_parameters(self, model: PreTrainedModel) -> int:
+        """How many parameters one MLP channel has: a row of gate, a row of up, a column of down."""
+        return 3 * model.config.hidden_size
+
+    def channel_weights(self, model: PreTrainedModel) -> list[ChannelWeights]:
+        """The tensors of every MLP, each once."""
+        return []
 
     @abstractmethod
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:

@@ -43,7 +43,12 @@ class Mamba2(MambaLike):
     mixer_without_ssm = Mamba2MixerWithoutSSM
 
     def dead_in_mixer(self, mixer: nn.Module) -> int:
-        in_proj_rows = mixer.in_proj.out_features - 2 * mixer.intermediate_size
-        channels = mixer.conv1d.out_channels - mixer.intermediate_size
-        in_conv = channels * (mixer.conv1d.kernel_size[0] + (mixer.conv1d.bias is not None))
-        return in_proj_rows * (mixer.hidden_size + (mixer.in_proj.bias is not None)) + in_conv + 3 * mixer.num_heads
+        return dead_without_ssm(mixer)
+
+
+def dead_without_ssm(mixer: nn.Module) -> int:
+    """Parameters of a Mamba-2 mixer that nothing reads when its SSM is gone."""
+    in_proj_rows = mixer.in_proj.out_features - 2 * mixer.intermediate_size
+    channels = mixer.conv1d.out_channels - mixer.intermediate_size
+    in_conv = channels * (mixer.conv1d.kernel_size[0] + (mixer.conv1d.bias is not None))
+    return in_proj_rows * (mixer.hidden_size + (mixer.in_proj.bias is not None)) + in_conv + 3 * mixer.num_heads

@@ -10,7 +10,7 @@ B batch, L tokens, D model width, E inner width, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -75,12 +75,17 @@ class MambaLike(Family):
         """Parameters of a mixer that nothing reads when its SSM is gone."""
 
     def components(self, model: PreTrainedModel) -> list[Component]:
-        return [Component(kind, index) for index in range(model.config.num_hidden_layers) for kind in self.kinds]
+        return [
+            Component(kind, index)
+            for index, layer in enumerate(self.layers(model))
+            for kind in self.kinds
+            if kind != "ssm" or not isinstance(getattr(layer, "mixer", None), MixerWithoutSSM)
+        ]
 
     def layer_of(self, model: PreTrainedModel, component: Component) -> int:
         return component.index
 
-    def substitutions(self, model: PreTrainedModel, components: Sequence[Component]) -> list[Substitution]:
+    def substitutions(self, model: PreTrainedModel, components: Mapping[Component, int]) -> list[Substitution]:
         layers = self.layers(model)
         return [self._substitution(layers, component) for component in components]
 

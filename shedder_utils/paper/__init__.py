@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..plan import Plan
+from ..released import KINDS
 
 FILE = Path(__file__).parent / "paper.yaml"
 Label = str | int | float
@@ -70,6 +72,22 @@ def claims() -> list[Claim]:
 def errata() -> list[str]:
     """Where the paper disagrees with itself or with the files its authors released."""
     return list(_content()["errata"])
+
+
+def plans() -> list[str]:
+    """The names of the removal orders that the authors released, such as "mamba-2.8b" and "zamba2-2.7b-10"."""
+    return [name for name in _content()["released"] if name.startswith(tuple(_content()["models"]))]
+
+
+def plan(name: str) -> Plan:
+    """A removal order that the authors released, for the paper's full-size model. Raises DataError for another name."""
+    if name not in plans():
+        raise DataError(f"the paper has no plan {name!r}: expected one of {', '.join(plans())}")
+    keys = {kind: key for key, kind in KINDS.items()} | {"mlp_channels_kept": "pruned_mlp_channels"}
+    order = _content()["released"][name]
+    found = Plan.from_released({keys[kind]: removals for kind, removals in order.items() if kind in keys})
+    model = next(model for model in _content()["models"] if name.startswith(model))
+    return found.model_copy(update={"model": {"ref": models()[model]["hub"]}})
 
 
 @cache

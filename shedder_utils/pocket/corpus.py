@@ -1,10 +1,12 @@
-"""What the pocket models are trained on, as a pure function of stage, seed and step.
+"""What the pocket models are trained on, as a pure function of stage, seed and step in the stage.
 
-Five stages: "lists" (pairs of words, again and again, of a growing vocabulary), "pairs" (facts of one relation and
-questions about them), "recall" (dense documents: facts of several kinds, three questions for each), "stories"
-(micro-stories in the tasks' formats, and recall still) and "mix" (stories and recall 55 %, instructions 20 %, prose
-25 %). Each sequence comes from one source: documents, each after an <|endoftext|>, cut at the sequence's end, or a
-stretch of prose. Half the sequences of instructions have a blank line between documents instead, as calibration has.
+First comes a school of recall, in five stages: lists of pairs of words, again and again, of few words, of more and of
+all ("few words", "more words", "all words"), then facts of one relation with questions ("pairs"), then dense documents,
+facts of several kinds with three questions for each ("recall"). Then "stories", in the tasks' formats, with recall
+still; and at last the "mix": stories and recall 55 %, instructions 20 %, real prose 25 %.
+
+Each sequence comes from one source: documents, each after an <|endoftext|>, cut at the sequence's end, or a stretch of
+prose. Half the sequences of instructions have a blank line between documents instead, as calibration has.
 Letters: B batch, L tokens.
 """
 
@@ -21,7 +23,7 @@ import torch
 from shedder_utils.pocket.instructions import instruction_document
 from shedder_utils.pocket.items import story_document
 from shedder_utils.pocket.prose import prose_texts
-from shedder_utils.pocket.recall import list_document, pairs_document, recall_document
+from shedder_utils.pocket.recall import FEW_WORDS, list_document, pairs_document, recall_document
 from shedder_utils.pocket.stories import Document
 from shedder_utils.pocket.tokenizer import END
 
@@ -30,15 +32,18 @@ if TYPE_CHECKING:
 
 # Share of the sequences that come from each source.
 STAGES = {
-    "lists": {"lists": 1.0},
+    "few words": {"few words": 1.0},
+    "more words": {"more words": 1.0},
+    "all words": {"lists": 1.0},
     "pairs": {"lists": 0.35, "pairs": 0.65},
     "recall": {"lists": 0.1, "pairs": 0.3, "recall": 0.6},
     "stories": {"pairs": 0.05, "recall": 0.25, "stories": 0.7},
     "mix": {"recall": 0.15, "stories": 0.4, "instructions": 0.2, "prose": 0.25},
 }
-FEW_WORDS_UNTIL, ALL_WORDS_FROM = 550, 1200
-"""The steps between which the lists' vocabulary grows from a few words to all: recall begins on few, then widens."""
 SOURCES: dict[str, Callable[[random.Random], Document]] = {
+    "few words": partial(list_document, n_words=FEW_WORDS),
+    "more words": partial(list_document, n_words=4 * FEW_WORDS),
+    "lists": list_document,
     "pairs": pairs_document,
     "recall": recall_document,
     "stories": story_document,
@@ -60,14 +65,9 @@ def batch(
         if source == "prose":
             ids[row], weights[row] = _prose(rng, length, tokenizer), PROSE_WEIGHT
         else:
-            make = partial(list_document, share=_share(step)) if source == "lists" else SOURCES[source]
             blank_line = source == "instructions" and rng.random() < 0.5
-            ids[row], weights[row] = _documents(rng, make, length, tokenizer, "\n\n" if blank_line else END)
+            ids[row], weights[row] = _documents(rng, SOURCES[source], length, tokenizer, "\n\n" if blank_line else END)
     return torch.from_numpy(ids), torch.from_numpy(weights)
-
-
-def _share(step: int) -> float:
-    return min(1.0, max(0.0, (step - FEW_WORDS_UNTIL) / (ALL_WORDS_FROM - FEW_WORDS_UNTIL)))
 
 
 def _documents(

@@ -32,6 +32,7 @@ _ANSWERABLE = {
 }
 _WORDS = list(dict.fromkeys([*PEOPLE, *PLACES, *COLOURS, *(word for kind in KINDS.values() for word in kind.words)]))
 random.Random(0).shuffle(_WORDS)
+FEW_WORDS = 16
 _PAIRS = (("attribute", "place"), ("attribute", "who_place"), ("thing", "thing"), ("thing", "who_thing"))
 
 
@@ -46,15 +47,13 @@ def _facts_and_queries(rng: random.Random) -> tuple[list[str], list[Query]]:
     return facts(rng, scene, relations), found
 
 
-def list_document(rng: random.Random, share: float = 1.0) -> Document:
-    """Two to five pairs of words, again and again in a new order; `share` says how many of the world's words occur.
+def list_document(rng: random.Random, n_words: int = len(_WORDS)) -> Document:
+    """Two to five pairs of words, again and again in a new order; at most the first `n_words` of the world's occur.
 
     List: Nora brush. red hammer. red hammer. Nora brush. red hammer. ...
     """
     n_pairs = rng.randint(2, 5)
-    fewest = 16
-    known = _WORDS[: fewest + int((len(_WORDS) - fewest) * share * rng.random())]
-    words = rng.sample(known, 2 * n_pairs)
+    words = rng.sample(_WORDS[: rng.randint(FEW_WORDS, n_words)], 2 * n_pairs)
     pairs = list(zip(words[:n_pairs], words[n_pairs:], strict=True))
     writer = Writer("List:")
     for key, value in pairs:

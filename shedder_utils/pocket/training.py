@@ -1,8 +1,9 @@
-"""The recipe of the pocket models: every architecture, the same data in the same order, the same number of tokens.
+"""The recipe of the pocket models: for every architecture the same stages, sequences, order and number of tokens.
 
 `python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face
 folder to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. What a model learns
-first is to recall: pairs of words, then facts in sentences; stories, instructions and prose follow (`corpus.py`).
+first is to recall (`corpus.py`), and it moves on from a stage of that when it can do it; the last stage takes the rest
+of the tokens.
 
 B batch, L tokens, D model width.
 """
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """How many steps a stage of the corpus lasts, and its batches (B, L)."""
+    """A stage of the corpus in batches (B, L), for so many steps at most.
+
+    It ends before them when the model has answered a share `until` of the questions of the last `RECENT` steps.
+    """
 
     stage: str
-    steps: int
     batch_size: int
     length: int
+    steps: int
+    until: float = 2.0
+
+
+RECENT = 50
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,15 @@ class Recipe:
     """Everything that decides a training, but the architecture. `louder`: see `make_memory_louder`."""
 
     phases: tuple[Phase, ...] = (
-        Phase("lists", 1300, 8, 128),
-        Phase("pairs", 1200, 8, 128),
-        Phase("recall", 1100, 8, 128),
-        Phase("stories", 2000, 4, 256),
-        Phase("mix", 2400, 4, 256),
+        Phase("few words", 8, 128, 1000, 0.9),
+        Phase("more words", 8, 128, 600, 0.85),
+        Phase("all words", 8, 128, 600, 0.85),
+        Phase("pairs", 8, 128, 1500, 0.85),
+        Phase("recall", 8, 128, 1500, 0.8),
+        Phase("stories", 4, 256, 1600),
+        Phase("mix", 4, 256, 8000),
     )
+    steps: int = 8000
     warmup: int = 100
     decay: int = 3000
     learning_rate: float = 2e-3
@@ -71,20 +81,13 @@ class Recipe:
     log_every: int = 100
     evaluate_every: int = 1000
 
-    @property
-    def steps(self) -> int:
-        """All steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-    def phase(self, step: int) -> Phase:
-        """The phase that a step belongs to."""
-        ends = accumulate(phase.steps for phase in self.phases)
-        return next(phase for phase, end in zip(self.phases, ends, strict=True) if step < end)
-
     def rate(self, step: int) -> float:
         """The share of the learning rate at a step: up, level, down to a twentieth."""
         return min(1.0, (step + 1) / self.warmup, 0.05 + 0.95 * (self.steps - step) / self.decay)
 
+
+PROGRESS = ("step", "tokens", "seconds", "phase", "step_in_phase", "recent", "curve")
+"""What a checkpoint holds of a training, beside model and optimizer."""
 
 RECIPES = {name: Recipe() for name in CONFIGS}
 
@@ -100,6 +103,7 @@ class Training:
         make_memory_louder(self.model, recipe.louder)
         self.optimizer = optimizer(self.model, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.phase, self.step_in_phase, self.recent = 0, 0, list[float]()
         self.curve: list[dict[str, Any]] = []
         if checkpoint.exists():
             self._resume()
@@ -111,7 +115,7 @@ class Training:
             started = time.perf_counter()
             running.append(self._train_step())
             self.seconds += time.perf_counter() - started
-            self.step += 1
+            self._advance(running[-1][1])
             evaluate = self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.steps
             if evaluate or self.step % self.recipe.log_every == 0:
                 self._log(running, self._scores() if evaluate else {})
@@ -119,10 +123,21 @@ class Training:
             if evaluate:
                 self._save()
 
+    def _advance(self, answered: float) -> None:
+        """Count a step, and move on to the next phase where it is time."""
+        phase = self.recipe.phases[self.phase]
+        self.step += 1
+        self.step_in_phase += 1
+        self.recent = [*self.recent, answered][-RECENT:]
+        learned = len(self.recent) == RECENT and sum(self.recent) >= phase.until * RECENT
+        if learned or self.step_in_phase == phase.steps:
+            self.phase, self.step_in_phase, self.recent = self.phase + 1, 0, []
+
     def _train_step(self) -> tuple[float, float]:
         """One update; its loss, and the share of answer tokens that the model would have given."""
-        recipe, phase = self.recipe, self.recipe.phase(self.step)
-        ids, weights = batch(phase.stage, recipe.seed, self.step, phase.batch_size, phase.length, self.tokenizer)
+        recipe, phase = self.recipe, self.recipe.phases[self.phase]
+        where = self.step_in_phase
+        ids, weights = batch(phase.stage, recipe.seed, where, phase.batch_size, phase.length, self.tokenizer)
         logits = self.model(ids, use_cache=False).logits
         loss = weighted_loss(logits, ids, weights)
         loss.backward()
@@ -149,7 +164,7 @@ class Training:
             "step": self.step,
             "tokens": self.tokens,
             "hours": round(self.seconds / 3600, 4),
-            "stage": self.recipe.phase(self.step - 1).stage,
+            "stage": self.recipe.phases[self.phase].stage,
             "loss": round(loss, 4),
             "answered": round(answered, 4),
             **scores,
@@ -162,8 +177,8 @@ class Training:
             "recipe": json.dumps(asdict(self.recipe)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "curve": self.curve,
-        }  # fmt: skip
+            **{name: getattr(self, name) for name in PROGRESS},
+        }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -175,9 +190,8 @@ class Training:
             raise ModelError(f"checkpoint {self.checkpoint} is of another recipe: delete it, or restore that recipe")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens, self.seconds, self.curve = (
-            state[key] for key in ("step", "tokens", "seconds", "curve")
-        )
+        for name in PROGRESS:
+            setattr(self, name, state[name])
 
     def export(self, folder: Path) -> None:
         """Write the model in bfloat16 with its tokenizer, recipe and curve."""

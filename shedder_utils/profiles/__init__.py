@@ -97,27 +97,50 @@ class EvaluationSettings(_Settings):
         return [column.column for column in self.tasks if column.metric != "perplexity"]
 
 
-class Study(_Settings):
-    """A pruning study: remove `steps` components of one kind, and evaluate after some of the removals.
+class StageSettings(_Settings):
+    """One stage of a search: the kinds that compete, how many removals, and MLP channels removed at a time."""
 
-    evaluate: numbers of removals that get a row in the table; stands_for: the paper's numbers that each is compared
-    with, which is the same share of a deeper model.
+    kinds: tuple[str, ...]
+    steps: PositiveInt
+    group: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageSettings":
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"kind {kind!r} is unknown, expected one of {', '.join(KINDS)}")
+        if (self.group is not None) != ("mlp_channels" in self.kinds):
+            raise ValueError("group: expected with mlp_channels, and with no other kind")
+        return self
+
+
+class Study(_Settings):
+    """A pruning study: one search, and evaluations after some of its removals.
+
+    table: the table of the paper that it fills. rows: for each model, after how many removals it is evaluated, and the
+    row of the paper that each stands beside: the same share of a deeper model, by the paper's number of removals, or
+    in table 3 by its ratio.
     """
 
-    kind: str
-    steps: PositiveInt
-    evaluate: tuple[NonNegativeInt, ...]
-    stands_for: tuple[NonNegativeInt, ...]
+    table: PositiveInt
+    stages: tuple[StageSettings, ...]
+    rows: dict[str, dict[NonNegativeInt, float]]
+
+    @property
+    def steps(self) -> int:
+        """The removals of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of all stages, in order."""
+        return tuple(dict.fromkeys(kind for stage in self.stages for kind in stage.kinds))
 
     @model_validator(mode="after")
     def _check(self) -> "Study":
-        if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
-        if list(self.evaluate) != sorted(set(self.evaluate)) or max(self.evaluate, default=0) > self.steps:
-            raise ValueError(f"evaluate {list(self.evaluate)}: expected rising numbers up to steps, {self.steps}")
-        expected = len(self.evaluate)
-        if len(self.stands_for) != expected:
-            raise ValueError(f"stands_for {list(self.stands_for)}: expected {expected} numbers, as in evaluate")
+        for model, rows in self.rows.items():
+            if list(rows) != sorted(rows) or max(rows, default=0) > self.steps:
+                raise ValueError(f"rows of {model}, {list(rows)}: expected rising numbers up to {self.steps} steps")
         return self
 
 
@@ -138,11 +161,11 @@ class Profile(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":
-        for study in self.studies.values():
-            for name, model in self.models.items():
-                layers = model.random.layers if model.random else study.steps
-                if study.steps > layers:
-                    raise ValueError(f"{name} has {layers} layers, too few for {study.steps} removals of {study.kind}")
+        for name, study in self.studies.items():
+            for model in study.rows:
+                if model not in self.models:
+                    known = ", ".join(self.models)
+                    raise ValueError(f"rows of study {name}: no model {model!r}, expected one of {known}")
         return self
 
 

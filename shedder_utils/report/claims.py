@@ -21,7 +21,7 @@ from ..profiles import Profile
 from ..records import Metric
 from .rendering import DASH, markdown
 from .runs import BLOCKS, SSMS, Runs, error_of
-from .tables import STUDIES, WHAT, paper_values
+from .tables import WHAT, paper_values
 
 Z95 = 1.96
 CLEARLY = 5.0
@@ -134,18 +134,23 @@ def ssm_tolerance(runs: Runs, name: str, text: str) -> Verdict:
 
 
 def _tolerance(runs: Runs, name: str, text: str, table: int, wanted: Sequence[tuple[str, str]]) -> Verdict:
-    """Whether the first of each pair loses less accuracy, and less perplexity by ratio, at every count evaluated."""
-    study = runs.profile.studies.get(STUDIES[table])
-    pairs = _pairs(runs.profile, wanted)
+    """Whether the first of each pair loses less accuracy, and less perplexity by ratio, in each row of the paper."""
+    study = next(iter(runs.studies(table)), None)
+    rows = {} if study is None else runs.profile.studies[study].rows
+    pairs = [pair for pair in _pairs(runs.profile, wanted) if set(pair) <= set(rows)]
     if study is None or not pairs:
         return Verdict(name, text, "not run", "The profile has no two models to compare.")
-    counts = [(n, stands_for) for n, stands_for in zip(study.evaluate, study.stands_for, strict=True) if n]
-    compared = dict.fromkeys(model for pair in pairs for model in pair)
-    needed = [(model, n) for model in compared for n in (0, *(n for n, _ in counts))]
-    scores = {(model, n): runs.scores(STUDIES[table], model, n) for model, n in needed}
-    found = [_advantages(table, runs.profile, scores, pair, *count) for pair in pairs for count in counts]
+    compared = list(dict.fromkeys(model for pair in pairs for model in pair))
+    scores = {(model, n): runs.scores(study, model, n) for model in compared for n in (0, *rows[model])}
+    found = [
+        _advantages(table, runs.profile, scores, pair, (ours, theirs), stands_for)
+        for pair in pairs
+        for ours, stands_for in rows[pair[0]].items()
+        for theirs, same in rows[pair[1]].items()
+        if ours and stands_for == same
+    ]
     numbers = tuple(advantage for advantages in found for advantage in advantages)
-    missing = [(model, n) for model, n in needed if not {"average", "ppl"} <= scores[model, n].keys()]
+    missing = [place for place, values in scores.items() if not {"average", "ppl"} <= values.keys()]
     if missing:
         first = f"{missing[0][0]} with {missing[0][1]} {WHAT[table]} removed"
         return Verdict(name, text, "not run", f"There is no whole evaluation of {first}.", numbers)
@@ -215,24 +220,29 @@ Scores = dict[tuple[str, int], dict[str, Metric]]
 
 
 def _advantages(
-    table: int, profile: Profile, scores: Scores, pair: tuple[str, str], n_removed: int, stands_for: int
+    table: int, profile: Profile, scores: Scores, pair: tuple[str, str], counts: tuple[int, int], stands_for: float
 ) -> list[Advantage]:
-    """Both measures of one pair at one count, as far as they were measured."""
+    """Both measures of one pair after its counts of removals, which stand for one of the paper's, if measured."""
     ahead, behind = pair
-    four = [scores[model, n] for model in pair for n in (0, n_removed)]
-    reported = [paper_values(table, profile.models[model].paper, n) for model in pair for n in (0, stands_for)]
+    four = [scores[place] for model, n in zip(pair, counts, strict=True) for place in ((model, 0), (model, n))]
+    kind = "mamba_block" if table == 1 else "ssm"
+    reported = [
+        paper_values(table, profile.models[model].paper, n, target)
+        for model in pair
+        for n, target in ((0, "dense"), (stands_for, kind))
+    ]
     theirs = {column: _theirs(column, reported) for column in ("average", "ppl")}
     found = []
     if all("average" in values for values in four):
         value, error = _lead(*(values["average"] for values in four))
         interval = (value, value - Z95 * error, value + Z95 * error)
         measure = f"{WHAT[table]}, loss of average accuracy in points, {behind} less {ahead}"
-        found.append(Advantage(measure, n_removed, *interval, 0, theirs["average"]))
+        found.append(Advantage(measure, counts[0], *interval, 0, theirs["average"]))
     if all("ppl" in values for values in four):
         value, error = _lead(*(_logarithm(values["ppl"]) for values in four))
         interval = (_exp(value), _exp(value - Z95 * error), _exp(value + Z95 * error))
         measure = f"{WHAT[table]}, LAMBADA perplexity relative to dense, {behind} over {ahead}"
-        found.append(Advantage(measure, n_removed, *interval, 1, theirs["ppl"]))
+        found.append(Advantage(measure, counts[0], *interval, 1, theirs["ppl"]))
     return found
 
 

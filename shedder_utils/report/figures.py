@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..records import Record
 from .runs import BLOCKS, SSMS, Runs, error_of
-from .tables import STUDIES, WHAT, models, paper_values
+from .tables import WHAT, models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STYLE = Path(__file__).with_name("shedder.mplstyle")
 PAGE, COLUMN = 6.8, 3.3  # inches
 TABLES = {2: 1, 3: 2}  # the tables whose points figures 2 and 3 show
+COMPARED = ("mamba-2.8b", "mamba2-2.7b")  # the models of figure 4
 GREY = "#4d4d4d"
 
 
@@ -90,9 +91,8 @@ class Curve:
 
 def available(runs: Runs) -> list[int]:
     """The numbers of the figures that a profile's studies fill."""
-    there = set(runs.profile.studies)
-    needs = {number: {STUDIES[table]} for number, table in TABLES.items()} | {4: {BLOCKS, SSMS}}
-    return [number for number, studies in needs.items() if studies <= there]
+    needs = {number: {table} for number, table in TABLES.items()} | {4: set(TABLES.values())}
+    return [number for number, tables in needs.items() if all(map(runs.studies, tables))]
 
 
 def draw(number: int, runs: Runs) -> Drawing:
@@ -132,7 +132,7 @@ def _pruning_figure(number: int, runs: Runs) -> Drawing:
 
 
 def _panel(table: int, runs: Runs, model: str, left: Axes, right: Axes) -> None:
-    settings, study = runs.profile.models[model], runs.profile.studies[STUDIES[table]]
+    settings, study = runs.profile.models[model], runs.studies(table)[0]
     look, layers = _look(runs, model), runs.layers(model)
     blocks = paper.models()[settings.paper]["blocks"]
     for column, axes, color, marker in (("ppl", left, look.color, look.marker), ("average", right, GREY, "D")):
@@ -142,7 +142,7 @@ def _panel(table: int, runs: Runs, model: str, left: Axes, right: Axes) -> None:
         if ours.share:
             axes.errorbar(ours.share, ours.value, ours.error, color=color, marker=marker, linestyle="-")
     left.set_title(f"{model} ({settings.family})\nbeside {settings.paper}", color=look.color)
-    ran = [n for n in study.evaluate if runs.scores(STUDIES[table], model, n)]
+    ran = [n for n in runs.profile.studies[study].rows[model] if runs.scores(study, model, n)]
     here = f"this run {_counts(ran)} of {layers or 'all'}" if ran else "not run"
     paper_counts = _counts(_paper_counts(table, settings.paper))
     left.set_xlabel(f"{WHAT[table]} removed, % of layers\n{here}\npaper {paper_counts} of {blocks}")
@@ -154,23 +154,24 @@ def _paper_counts(table: int, model: str) -> list[int]:
 
 def _reported(table: int, model: str, blocks: int, column: str) -> Curve:
     """The paper's points of a model, without error."""
-    values = {n: paper_values(table, model, n)[column] for n in _paper_counts(table, model)}
+    rows = [row for row in paper.rows(table) if row.labels["model"] == model]
+    values = {int(row.labels["pruned"]): row.values[column] for row in rows}
     points = [(100 * n / blocks, value) for n, value in values.items() if value is not None]
     return Curve([share for share, _ in points], [value for _, value in points], [0.0] * len(points))
 
 
 def _measured(table: int, runs: Runs, model: str, column: str) -> Curve:
     """Our points of a model, as far as they were run."""
-    study, layers = STUDIES[table], runs.layers(model)
-    scores = {n: runs.scores(study, model, n) for n in runs.profile.studies[study].evaluate if n == 0 or layers}
+    study, layers = runs.studies(table)[0], runs.layers(model)
+    scores = {n: runs.scores(study, model, n) for n in runs.profile.studies[study].rows[model] if n == 0 or layers}
     points = [(100 * n / (layers or 1), found[column]) for n, found in scores.items() if column in found]
     return Curve([share for share, _ in points], [m.value for _, m in points], [error_of(m) for _, m in points])
 
 
 def _evaluations(table: int, runs: Runs, shown: Sequence[str]) -> Iterator[Record]:
-    study = STUDIES[table]
+    study = runs.studies(table)[0]
     for model in shown:
-        counts = runs.profile.studies[study].evaluate
+        counts = runs.profile.studies[study].rows[model]
         found = [runs.search(study, model), *(runs.evaluated(study, model, n) for n in counts)]
         yield from (record for record in found if record is not None)
 
@@ -212,7 +213,8 @@ def _calibration_figure(runs: Runs) -> Drawing:
 
 def _searches(axes: Axes, runs: Runs, study: str) -> Iterator[Record]:
     """Draw the search of each model, and give the records drawn."""
-    drawn = [record for model in runs.profile.models if (record := runs.search(study, model))]
+    compared = [name for name, model in runs.profile.models.items() if model.paper in COMPARED]
+    drawn = [record for model in compared if (record := runs.search(study, model))]
     for model in (record.model.name for record in drawn):
         scores, layers, look = runs.curve(study, model), runs.layers(model) or 1, _look(runs, model)
         share = [100 * n / layers for n in range(len(scores))]

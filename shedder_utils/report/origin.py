@@ -23,7 +23,8 @@ def provenance(runs: Runs, study: str) -> Table:
     if study not in known:
         raise DataError(f"study {study!r}: expected one of {', '.join(known)} with profile {runs.profile.name}")
     studies = list(dict.fromkeys(["dense", study]))
-    found = {model: [record for name in studies for record in runs.of(name, model)] for model in runs.profile.models}
+    about = runs.profile.models if study == "dense" else runs.profile.studies[study].rows
+    found = {model: [record for name in studies for record in runs.of(name, model)] for model in about}
     facts = {model: _facts(of_model) if of_model else {} for model, of_model in found.items()}
     labels = list(dict.fromkeys(label for of_model in facts.values() for label in of_model)) or ["runs"]
     rows = tuple((label, *(facts[model].get(label, DASH) for model in facts)) for label in labels)

@@ -29,6 +29,10 @@ class Runs:
         found = records.find(self.root, profile=profile.name)
         self._records = {(record.study, record.model.name, record.setting): record for record in found}
 
+    def studies(self, table: int) -> list[str]:
+        """The studies of the profile that fill a table of the paper."""
+        return [name for name, study in self.profile.studies.items() if study.table == table]
+
     def of(self, study: str, model: str) -> list[Record]:
         """The records of a study of a model, in order of their settings."""
         return [record for place, record in self._records.items() if place[:2] == (study, model)]
@@ -63,7 +67,7 @@ class Runs:
         plan, search = self.plan(study, model), self.search(study, model)
         if plan is None or search is None or len(plan) < n_removed:
             return None
-        gone = tuple(map(str, plan.components[:n_removed]))
+        gone = tuple(map(str, plan.first(n_removed).gone))
         same = [run for run in self.of(study, model) if run.model.fingerprint == search.model.fingerprint]
         return next((run for run in same if run.model.removals == gone), None)
 

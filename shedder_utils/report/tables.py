@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the paper (sections 4.3.1 and 4.3.2): scores after the removal of Mamba blocks, and of SSMs.
+"""Tables 1 to 5 of the paper (sections 4.3.1 to 4.3.4): scores after the removal of blocks, SSMs and parts of blocks.
 
 Three numbers stand beside each other in every cell: the paper's, the recorded one and yours. Yours is judged against
 the recorded one, which the same inputs made; the paper's models are others unless the profile says so, and whether its
@@ -15,13 +15,14 @@ import pandas as pd
 
 from .. import paper
 from ..errors import DataError
-from ..profiles import Profile
+from ..profiles import Profile, Study
 from ..records import Metric
 from .rendering import DASH, Table
-from .runs import BLOCKS, SSMS, Runs, error_of
+from .runs import Runs, error_of, mean
 
-STUDIES = {1: BLOCKS, 2: SSMS}
-WHAT = {1: "Mamba blocks", 2: "SSMs"}
+WHAT = {
+    1: "Mamba blocks", 2: "SSMs", 3: "components at several granularities", 4: "Hymba blocks", 5: "Mamba blocks or SSMs"
+}  # fmt: skip
 HEADINGS = {
     "ratio": "Ratio %", "ppl": "LAMBADA ppl ↓", "lambada_openai": "LAMBADA", "hellaswag": "HellaSwag",
     "piqa": "PIQA", "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "winogrande": "WinoGrande", "openbookqa": "OBQA",
@@ -67,13 +68,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One model after n removals, beside the row of the paper that it stands for."""
+    """One model after n removals, beside the row of the paper that it stands for.
+
+    target: the kinds that went, in the words of table 3. stands_for: the paper's number of removals; in table 3, its
+    ratio.
+    """
 
     model: str
     paper_model: str
+    target: str
     n_removed: int
     layers: int | None
-    stands_for: int
+    stands_for: float
     cells: tuple[Cell, ...]
 
     @property
@@ -89,70 +95,100 @@ class Line:
 def models(number: int, profile: Profile) -> dict[str, str]:
     """The profile's models that stand for one of this table, in the paper's order, with the paper's names."""
     order = list(dict.fromkeys(row.labels["model"] for row in paper.rows(number)))
-    shown = {name: model.paper for name, model in profile.models.items() if model.paper in order}
+    studied = {model for study in profile.studies.values() if study.table == number for model in study.rows}
+    shown = {name: model.paper for name, model in profile.models.items() if name in studied}
     return dict(sorted(shown.items(), key=lambda pair: order.index(pair[1])))
 
 
 def pruning_table(number: int, yours: Runs, recorded: Runs) -> Table:
-    """Table 1 (Mamba blocks) or 2 (SSMs), one row for each of the paper's, three lines for each row.
+    """Table 1 (Mamba blocks), 2 (SSMs), 3 (granularities of Zamba2), 4 (Hymba) or 5 (Falcon-Mamba).
 
-    Its frame has one line for each cell: model, pruned, of, stands_for, column, paper, recorded, recorded_stderr,
-    yours, yours_stderr, difference, verdict. Raises DataError for another number, and if the profile lacks the study.
+    Each of the paper's rows has three lines. The frame has one line for each cell: model, target, pruned, of,
+    stands_for, column, paper, recorded, recorded_stderr, yours, yours_stderr, difference, verdict. Raises DataError for
+    another number, and if the profile lacks the studies.
     """
-    if number not in STUDIES or STUDIES[number] not in yours.profile.studies:
+    if number not in available(yours.profile):
         raise DataError(f"table {number}: expected one of {available(yours.profile)} with profile {yours.profile.name}")
-    lines = list(_lines(number, yours, recorded))
+    lines = sorted(_lines(number, yours, recorded), key=lambda line: _place(number, line))
     columns = [HEADINGS[column] for column in _columns(number)]
-    header = ("Model", f"{WHAT[number]} removed", "Source", *columns, "Verdict")
+    header = ("Model", "Removed", "Source", *columns, "Verdict")
     title = f"Table {number}. Training-free removal of {WHAT[number]}: paper, recorded, yours ({yours.profile.title})"
-    rows = tuple(row for line in lines for row in _wide(line))
+    rows = tuple(row for line in lines for row in _wide(number, line))
     return Table(f"table_{number}", title, NOTE, header, rows, _tidy(lines))
 
 
 def available(profile: Profile) -> list[int]:
     """The numbers of the tables that a profile's studies fill."""
-    return [number for number, study in STUDIES.items() if study in profile.studies]
+    return sorted({study.table for study in profile.studies.values()} & set(WHAT))
 
 
 def _columns(number: int) -> list[str]:
-    return ["ratio", *paper.columns()] if number == 1 else paper.columns()
+    row = paper.rows(number)[0]
+    return [*(["ratio"] if "ratio" in row.labels else []), *row.values]
 
 
 def _lines(number: int, yours: Runs, recorded: Runs) -> Iterator[Line]:
-    study = yours.profile.studies[STUDIES[number]]
-    for model, paper_model in models(number, yours.profile).items():
-        layers = yours.layers(model) or recorded.layers(model)
-        for n_removed, stands_for in zip(study.evaluate, study.stands_for, strict=True):
-            reported = paper_values(number, paper_model, stands_for)
-            ours, theirs = _values(number, yours, model, n_removed), _values(number, recorded, model, n_removed)
-            cells = (Cell(name, reported.get(name), theirs.get(name), ours.get(name)) for name in _columns(number))
-            yield Line(model, paper_model, n_removed, layers, stands_for, tuple(cells))
+    for name in yours.studies(number):
+        study = yours.profile.studies[name]
+        for model, rows in study.rows.items():
+            paper_model, layers = yours.profile.models[model].paper, yours.layers(model) or recorded.layers(model)
+            for n_removed, stands_for in rows.items():
+                target = target_of(study, n_removed)
+                reported = paper_values(number, paper_model, stands_for, target)
+                ours, theirs = (_values(number, runs, name, model, n_removed) for runs in (yours, recorded))
+                cells = (Cell(name, reported.get(name), theirs.get(name), ours.get(name)) for name in _columns(number))
+                yield Line(model, paper_model, target, n_removed, layers, stands_for, tuple(cells))
 
 
-def paper_values(number: int, model: str, pruned: int) -> dict[str, float | None]:
+def target_of(study: Study, n_removed: int) -> str:
+    """The kinds that went in the first n removals of a study: "&" within a stage, "+" between stages (table 3)."""
+    begun = [stage for i, stage in enumerate(study.stages) if sum(s.steps for s in study.stages[:i]) < n_removed]
+    return " + ".join(" & ".join(stage.kinds) for stage in begun) or "dense"
+
+
+def paper_values(number: int, model: str, stands_for: float, target: str) -> dict[str, float | None]:
     """A row of the paper's table with its ratio; empty where the paper has no such row."""
-    for row in paper.rows(number):
-        if (row.labels["model"], row.labels["pruned"]) == (model, pruned):
-            return {"ratio": float(row.labels["ratio"]), **row.values} if "ratio" in row.labels else dict(row.values)
-    return {}
+    row = next((row for row in paper.rows(number) if _is(row, model, stands_for, target)), None)
+    if row is None:
+        return {}
+    return {"ratio": float(row.labels["ratio"]), **row.values} if "ratio" in row.labels else dict(row.values)
 
 
-def _values(number: int, runs: Runs, model: str, n_removed: int) -> dict[str, Metric]:
-    """Scores by column, with the share of parameters that the removals take, in percent."""
-    scores = runs.scores(STUDIES[number], model, n_removed)
-    record, plan = runs.evaluated(STUDIES[number], model, n_removed), runs.plan(STUDIES[number], model)
+def _is(row: paper.Row, model: str, stands_for: float, target: str) -> bool:
+    """Whether a row of the paper is that of a model, of a number of removals or a ratio, and of the kinds removed."""
+    labels = row.labels
+    if labels["model"] != model or labels.get("pruned", labels.get("ratio")) != stands_for:
+        return False
+    return target == "dense" or labels.get("kind", labels.get("target")) == target
+
+
+def _place(number: int, line: Line) -> int:
+    """Where the paper has a line's row."""
+    places = (
+        place
+        for place, row in enumerate(paper.rows(number))
+        if _is(row, line.paper_model, line.stands_for, line.target)
+    )
+    return next(places, len(paper.rows(number)))
+
+
+def _values(number: int, runs: Runs, study: str, model: str, n_removed: int) -> dict[str, Metric]:
+    """Scores by column, with the share of parameters removed in percent, and the average of this table's accuracies."""
+    record = runs.evaluated(study, model, n_removed)
     if record is None:
         return {}
-    gone = sum(removal.parameters for removal in plan.removals[:n_removed]) if plan else 0
-    return {"ratio": Metric(value=100 * gone / record.model.parameters_dense), **scores}
+    scores = runs.scores(study, model, n_removed)
+    accuracies = [name for name in _columns(number) if name not in ("ratio", "ppl", "average")]
+    average = {"average": mean([scores[name] for name in accuracies])} if set(accuracies) <= set(scores) else {}
+    return {"ratio": Metric(value=100 * record.model.ratio), **scores, **average}
 
 
 def _tidy(lines: list[Line]) -> pd.DataFrame:
     """One line for each cell."""
     rows = [
         {
-            "model": line.model, "pruned": line.n_removed, "of": line.layers, "stands_for": line.stands_for,
-            "column": cell.column, "paper": cell.paper,
+            "model": line.model, "target": line.target, "pruned": line.n_removed, "of": line.layers,
+            "stands_for": line.stands_for, "column": cell.column, "paper": cell.paper,
             "recorded": cell.recorded.value if cell.recorded else None,
             "recorded_stderr": cell.recorded.stderr if cell.recorded else None,
             "yours": cell.yours.value if cell.yours else None,
@@ -166,12 +202,16 @@ def _tidy(lines: list[Line]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"of": "Int64", **dict.fromkeys(numbers, "float64")})
 
 
-def _wide(line: Line) -> Iterator[tuple[str, ...]]:
+def _wide(number: int, line: Line) -> Iterator[tuple[str, ...]]:
     """The three lines of a row: paper, recorded, yours."""
     blocks = paper.models()[line.paper_model]["blocks"]
+    paper_count, count = f"{line.stands_for:g} of {blocks}", f"{line.n_removed} of {line.layers or DASH}"
+    if number == 3:
+        paper_count, count = line.target, f"{line.target}: {line.n_removed}"
+    elif number == 5:
+        paper_count, count = f"{line.target}: {paper_count}", f"{line.target}: {count}"
     reported = (DASH if cell.paper is None else f"{cell.paper:.{cell.digits}f}" for cell in line.cells)
-    yield (line.paper_model, f"{line.stands_for} of {blocks}", "paper", *reported, "")
-    count = f"{line.n_removed} of {line.layers or DASH}"
+    yield (line.paper_model, paper_count, "paper", *reported, "")
     yield (line.model, count, "recorded", *(_text(cell.recorded, cell.digits) for cell in line.cells), "")
     yield (line.model, count, "yours", *(_text(cell.yours, cell.digits) for cell in line.cells), line.verdict)
 
