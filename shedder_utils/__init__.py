@@ -11,9 +11,10 @@ from .loading import load_model
 from .plan import Plan, Removal, Stage
 from .removal import components, removed
 from .search import search
+from .surgery import extract, save_pruned
 
 __all__ = [
     "Calibration", "Component", "DataError", "ModelError", "Plan", "PlanError", "ProfileError", "RecordError",
-    "Removal", "Scores", "ShedderError", "Stage", "calibrate", "components", "describe", "evaluate", "kernels",
-    "load_model", "perplexity", "removed", "search",
+    "Removal", "Scores", "ShedderError", "Stage", "calibrate", "components", "describe", "evaluate", "extract",
+    "kernels", "load_model", "perplexity", "removed", "save_pruned", "search",
 ]  # fmt: skip

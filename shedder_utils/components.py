@@ -82,6 +82,14 @@ class Cut(NamedTuple):
     def __str__(self) -> str:
         return f"{self.component}/{self.kept}" if self.kept else str(self.component)
 
+    @classmethod
+    def parse(cls, text: str) -> Cut:
+        """The cut that `str` wrote. Raises PlanError for any other text."""
+        component, slash, kept = text.partition("/")
+        if slash and not (kept.isdecimal() and int(kept)):
+            raise PlanError(f"cut {text!r} is malformed: expected channels to keep after '/', as in 'mlp_channels:3/2048'")
+        return cls(Component.parse(component), int(kept or 0))
+
 
 def cuts(gone: Iterable[Component | tuple[Component, int]]) -> list[Cut]:
     """Components and (component, kept) pairs as cuts."""

@@ -1,7 +1,9 @@
 """Loading models: by pocket name, by folder or by Hub id, strictly, without running any code that comes with them.
 
 Checkpoints of transformers are read by its own classes; those of mamba_ssm, and the pruned ones that the paper's
-authors released, by `families/native.py`. Whatever the format, the result is a transformers model.
+authors released, by `families/native.py`. A configuration with an entry `pruned` is that of a model pruned here (see
+`surgery.save_pruned`), which is built as the dense one, pruned without any tensors yet, and then filled. Whatever the
+format, the result is a transformers model.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import kernels
-from .errors import ModelError
+from .components import Component, Cut
+from .errors import ModelError, PlanError
 from .families import FAMILIES, family_of, native
 from .pocket.prose import POCKET
+from .removal import prune
 
 PUBLISHED_TOKENIZER = {
     "mamba": "EleutherAI/gpt-neox-20b",
@@ -36,6 +42,8 @@ PUBLISHED_TOKENIZER = {
     "hymba": "nvidia/Hymba-1.5B-Base",
 }
 """The Hub id of the tokenizer that the published models of each type were trained with."""
+PRUNED_TYPE = "pruned_"
+"""Before the model type in the configuration of a pruned model that stock transformers has no class for."""
 
 
 def load_model(
@@ -48,7 +56,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and tokenizer behind a reference, in evaluation mode, with this package's scans where they apply.
 
-    ref: a pocket name ("pocket-mamba2"), a folder in the format of transformers or of mamba_ssm, or a Hub id of either.
+    ref: a pocket name ("pocket-mamba2"), a folder in the format of transformers, of mamba_ssm or of `save_pruned`, or
+    a Hub id of one of these.
     dtype: None takes float32 on a CPU, else the checkpoint's own. tokenizer: None takes the one beside the weights,
     else the one of the published models of this type; a reference takes that one; False loads none (the second result
     is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only.
@@ -64,6 +73,8 @@ def load_model(
         dtype = torch.float32
     if native.is_native(settings):
         model = _native(folder, settings, dtype, revision)
+    elif "pruned" in settings:
+        model = _pruned(folder, settings, dtype, revision)
     else:
         model = _transformers(folder, dtype, revision)
     model = model.to(device).eval()
@@ -106,6 +117,12 @@ def _resolve(ref: str | Path) -> str:
     return str(ref)
 
 
+def local_folder(ref: str | Path) -> Path | None:
+    """The folder behind a reference; None where there is none, as for a Hub id."""
+    folder = Path(_resolve(ref))
+    return folder if str(ref) and folder.is_dir() else None
+
+
 def _settings(folder: str, revision: str | None) -> dict[str, Any]:
     """The content of config.json."""
     try:
@@ -120,14 +137,22 @@ def _transformers(folder: str, dtype: torch.dtype | None, revision: str | None) 
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _unusable(folder, error) from error
-    if config.model_type not in FAMILIES:
+    _check_type(folder, config.model_type)
+    return _from_safetensors(AutoModelForCausalLM, folder, config, dtype, revision)
+
+
+def _check_type(folder: str, model_type: str) -> None:
+    if model_type not in FAMILIES:
         covered = ", ".join(FAMILIES)
-        raise ModelError(
-            f"model {folder} is of type {config.model_type!r}, which is not covered: expected one of {covered}"
-        )
+        raise ModelError(f"model {folder} is of type {model_type!r}, which is not covered: expected one of {covered}")
+
+
+def _from_safetensors(
+    model_class: Any, folder: str, config: PretrainedConfig, dtype: torch.dtype | None, revision: str | None
+) -> PreTrainedModel:
     try:
         model, info = _filled(
-            AutoModelForCausalLM.from_pretrained, folder, config=config, dtype=dtype or config.dtype or torch.float32,
+            model_class.from_pretrained, folder, config=config, dtype=dtype or config.dtype or torch.float32,
             revision=revision, use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
@@ -152,8 +177,53 @@ def _native(
     gone, info["missing_keys"] = native.missing_components(model, info["missing_keys"])
     _check_whole(folder, **info)
     if gone:
-        native.prune(model, gone)
+        prune(model, gone)
     return model
+
+
+def _pruned(
+    folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None, revision: str | None
+) -> PreTrainedModel:
+    """The model of a folder that `save_pruned` wrote."""
+    record = settings["pruned"]
+    try:
+        gone, dense = [Cut.parse(cut) for cut in record["removed"]], dict(record["dense"])
+    except (KeyError, TypeError, ValueError, PlanError) as error:
+        raise ModelError(f"model {folder}: config.json: 'pruned' is malformed ({error!r}): save it again") from error
+    if record.get("portable"):
+        model: Any = _transformers(folder, dtype, revision)
+        del model.config.pruned
+        prune(model, _ssms_renumbered(gone))
+    else:
+        model_type = settings["model_type"].removeprefix(PRUNED_TYPE)
+        _check_type(folder, model_type)
+        plain = {name: value for name, value in settings.items() if name not in ("pruned", "model_type")}
+        config: Any = CONFIG_MAPPING[model_type].from_dict(plain | dense)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = _from_safetensors(_without(model_class, gone), folder, config, dtype, revision)
+        model.__class__ = model_class
+    model.config.pruned = {name: value for name, value in record.items() if name != "portable"}
+    return model
+
+
+def _without(model_class: Any, gone: Collection[Cut]) -> Any:
+    """A class whose models are built as `model_class`, and pruned before they are filled with tensors."""
+
+    def build(self: Any, config: PretrainedConfig) -> None:
+        model_class.__init__(self, config)
+        for target, source in self.get_expanded_tied_weights_keys(all_submodels=True).items():
+            parent, _, name = target.rpartition(".")
+            setattr(self.get_submodule(parent), name, self.get_parameter(source))
+        prune(self, gone)
+
+    return type(model_class.__name__, (model_class,), {"__init__": build})
+
+
+def _ssms_renumbered(gone: Collection[Cut]) -> list[Component]:
+    """The SSMs among components, in the numbering of a model that already lacks the Mamba blocks among them."""
+    blocks = [component.index for component, _ in gone if component.kind == "mamba_block"]
+    ssms = [component.index for component, _ in gone if component.kind == "ssm"]
+    return [Component("ssm", index - sum(block < index for block in blocks)) for index in ssms]
 
 
 def _filled(

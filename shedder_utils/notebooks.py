@@ -30,7 +30,8 @@ def run(
     settings = profiles.load(profile)
     _known("model", models, settings.models)
     _known("study", studies, settings.studies)
-    chosen = [file for file in sorted(FOLDER.glob("[0-9]*.ipynb")) if not studies or set(studies) & set(_studies(file))]
+    wanted = set(studies or settings.studies)
+    chosen = [file for file in sorted(FOLDER.glob("[0-9]*.ipynb")) if wanted & set(_studies(file))]
     print(f"profile {settings.name}: {settings.title}", file=sys.stderr)
     print(
         f"models: {', '.join(models or settings.models)}; notebooks: {', '.join(f.stem for f in chosen)}",

@@ -1,7 +1,7 @@
-"""Removal: what can go from a model, and the model as if it were gone.
+"""Removal: what can go from a model, the model as if it were gone, and the model without it for good.
 
 `removed()` swaps modules for their pruned counterparts and puts the originals back. It is what the search scores and
-what `extract` must equal (sections 3.2 and 3.3 of the paper).
+what `extract` must equal (sections 3.2 and 3.3 of the paper). `prune()` never puts them back.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .components import Component, cuts
+from .components import Component, Cut, cuts
 from .errors import PlanError
 from .families import family_of
+
+_MASKED: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def components(model: PreTrainedModel, kinds: str | Iterable[str] | None = None) -> list[Component]:
@@ -77,7 +81,10 @@ def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, 
     gone = cuts(gone)
     check(model, gone)
     originals: list[tuple[nn.Module, str, nn.Module]] = []
+    outermost = bool(gone) and not is_masked(model)
     try:
+        if outermost:
+            _MASKED.add(model)
         for change in family_of(model).substitutions(model, dict(gone)):
             originals.append((change.parent, change.name, getattr(change.parent, change.name)))
             setattr(change.parent, change.name, change.replacement)
@@ -85,3 +92,44 @@ def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, 
     finally:
         for parent, name, original in reversed(originals):
             setattr(parent, name, original)
+        if outermost:
+            _MASKED.discard(model)
+
+
+def is_masked(model: PreTrainedModel) -> bool:
+    """Whether a model is inside `removed()` right now, and so still carries what it computes without."""
+    return model in _MASKED
+
+
+def prune(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> None:
+    """Take components from a model for good, in place; `gone` as for `removed`.
+
+    Raises PlanError (see `check`) before anything changes.
+    """
+    gone = cuts(gone)
+    check(model, gone)
+    dense = model.num_parameters()
+    for change in family_of(model).substitutions(model, dict(gone)):
+        setattr(change.parent, change.name, change.replacement)
+    settle(model, gone, dense)
+
+
+def settle(model: PreTrainedModel, gone: Iterable[Cut], dense_parameters: int) -> None:
+    """Make a model that computes without components one that does not have them, in place.
+
+    Layers that do nothing go, the rest and their cache entries are numbered anew, and every parameter has memory of its
+    own size. `config.pruned` says what went, in the numbering of the dense model, how many parameters that had, and
+    which of its settings are others now.
+    """
+    config: Any = model.config
+    before = config.to_dict()
+    family_of(model).compact(model)
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
+    after = config.to_dict()
+    config.pruned = {
+        "removed": [str(cut) for cut in gone],
+        "parameters": dense_parameters,
+        "dense": {name: value for name, value in before.items() if value != after[name]},
+    }

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import kernels, profiles
+from .benchmark import Timings, benchmark
 from .calibration import Calibration, calibrate
 from .components import Cut
+from .costs import Costs, costs
 from .errors import ProfileError
 from .evaluation import evaluate
 from .families import random_model
 from .files import in_project
 from .importance import perplexity
-from .inventory import ratio
+from .inventory import describe, ratio
 from .loading import fingerprint, load_model
 from .plan import Plan, Stage
 from .pocket.tasks import TASKS, tasks_fingerprint
@@ -29,8 +32,9 @@ from .profiles import Profile, Study
 from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
 from .removal import removed
 from .search import search
+from .surgery import extract
 
-DENSE, SEARCH = "dense", "search"
+DENSE, INVENTORY, SEARCH, SPEED = "dense", "inventory", "search", "speed"
 
 
 class Workbench:
@@ -130,6 +134,17 @@ def dense(bench: Workbench) -> Record:
     return _scores(bench, DENSE, "scores", [])
 
 
+def inventory(bench: Workbench) -> Record:
+    """What can be removed from the model, and what each kind holds of its parameters: figure 1."""
+
+    def compute(_: Request) -> Outcome:
+        kinds = describe(bench.model).drop("model")
+        counted = {f"{kind}/{what}": kinds.at[kind, what] for kind in kinds.index for what in ("count", "parameters")}
+        return Outcome(metrics={name: Metric(value=float(value)) for name, value in counted.items()})
+
+    return bench.record(INVENTORY, "components", {}, {}, [], compute)
+
+
 def pruning(bench: Workbench, study: str) -> dict[int, Record]:
     """A study of the profile: search for the removals, then score the model after some of them.
 
@@ -146,6 +161,55 @@ def _study(profile: Profile, name: str) -> Study:
         known = ", ".join(profile.studies)
         raise ProfileError(f"profile {profile.name}: no study {name!r}, expected one of {known}")
     return profile.studies[name]
+
+
+def speed(bench: Workbench, table: int) -> Record:
+    """Prefill and decode of the model less some of a study's removals, timed against the dense one: tables 6 to 9.
+
+    Metrics are by number of removals and phase, such as "5/decode/speedup", with its interval ("low", "high"), the
+    seconds of one prefill and one token, and the ideal speedup; "again" is the dense model's second run. Raises
+    ProfileError for a table that is not about this model.
+    """
+    settings = bench.profile.speed
+    if settings is None or table not in settings.tables or settings.tables[table].model != bench.name:
+        raise ProfileError(f"table {table} is not about {bench.name} in profile {bench.profile.name}")
+    about = settings.tables[table]
+    plan = removal_order(bench, about.study)
+    spec = {
+        "prompt_tokens": settings.prompt_tokens, "batches": settings.batches, "new_tokens": about.new_tokens,
+        "orders": {str(n): [str(cut) for cut in plan.first(n).gone] for n in about.rows},
+    }  # fmt: skip
+
+    def compute(_: Request) -> Outcome:
+        models = {str(n): extract(bench.model, plan.first(n)) if n else bench.model for n in sorted(about.rows)}
+        timings = benchmark(
+            models, prompt_tokens=settings.prompt_tokens, new_tokens=about.new_tokens, batches=settings.batches
+        )
+        work = {name: costs(model, settings.prompt_tokens) for name, model in models.items()}
+        return Outcome(metrics=_speeds(timings, work))
+
+    return bench.record(SPEED, f"table_{table}", spec, {}, [], compute)
+
+
+def _speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
+    """All that a benchmark measured, and the ideal from what each model costs."""
+    found: dict[str, float] = {}
+    dense = work[timings.reference]
+    for name, phases in timings.seconds.items():
+        for phase, seconds in phases.items():
+            measured = timings.speedup(name, phase)
+            found |= {
+                f"{name}/{phase}/speedup": measured.value,
+                f"{name}/{phase}/low": measured.low,
+                f"{name}/{phase}/high": measured.high,
+                f"{name}/{phase}/seconds": median(seconds),
+            }
+    for name, cost in work.items():
+        found[f"{name}/prefill/ideal"] = dense.flops / cost.flops
+        found[f"{name}/decode/ideal"] = dense.decode_bytes / cost.decode_bytes
+        found[f"{name}/cache_bytes"] = cost.cache_bytes
+        found[f"{name}/weight_bytes"] = cost.weight_bytes
+    return {name: Metric(value=float(value)) for name, value in found.items()}
 
 
 def removal_order(bench: Workbench, study: str) -> Plan:

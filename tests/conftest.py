@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedModel
@@ -34,7 +36,7 @@ def random_model(family: str) -> PreTrainedModel:
     """A random model whose every tensor matters: biases, norms and D are random too, not zeros and ones."""
     kernels.install()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -74,7 +74,11 @@ def test_a_released_checkpoint_is_the_pruned_model(
     assert not torch.allclose(wanted, logits(dense), atol=1e-2)
     assert pruned.num_parameters() == n_parameters
     assert pruned.config.num_hidden_layers == 4 - len(blocks)
-    assert pruned.config.pruned == {"layers": 4, "removed": [str(component) for component in sorted_by_layer(gone)]}
+    assert pruned.config.pruned == {
+        "removed": [str(component) for component in sorted_by_layer(gone)],
+        "parameters": dense.num_parameters(),
+        "dense": {"num_hidden_layers": 4} if blocks else {},
+    }
 
 
 def sorted_by_layer(gone: list[Component]) -> list[Component]:
@@ -112,7 +116,8 @@ def test_a_checkpoint_without_blocks_is_saved_as_any_other(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert fingerprint(again) == fingerprint(model)
-    assert again.config.pruned == {"layers": 4, "removed": ["mamba_block:0", "mamba_block:2"]}
+    assert again.config.pruned == model.config.pruned
+    assert again.config.pruned["removed"] == ["mamba_block:0", "mamba_block:2"]
 
 
 @pytest.mark.parametrize(

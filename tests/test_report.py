@@ -18,7 +18,7 @@ from shedder_utils.pocket.tasks import CHANCE
 from shedder_utils.profiles import Profile
 from shedder_utils.provenance import Code, Cost, Environment
 from shedder_utils.records import DataFacts, Metric, ModelFacts, Record, Request
-from shedder_utils.report.claims import Advantage
+from shedder_utils.report.evidence import Advantage
 from shedder_utils.report.rendering import escape_latex
 from shedder_utils.report.tables import Cell
 
@@ -207,15 +207,17 @@ def test_cell_verdict(column, recorded, yours, verdict):
 def test_nothing_run_is_dashes_and_not_an_error(tmp_path):
     paths = report.build("pocket", tmp_path / "runs", tmp_path / "results")
     assert [path.name for path in paths] == [
-        *(f"table_{n}.{ending}" for n in (1, 2) for ending in ("md", "csv", "tex")),
-        *(f"figure_{n}.{ending}" for n in (2, 3, 4) for ending in ("png", "pdf", "json")),
+        *(f"table_{n}.{ending}" for n in (1, 2, 6, 7, 13) for ending in ("md", "csv", "tex")),
+        *(f"figure_{n}.{ending}" for n in (1, 2, 3, 4) for ending in ("png", "pdf", "json")),
         "claims.md",
     ]
     assert all(path.stat().st_size and path.parent == tmp_path / "runs" / "figures" / "pocket" for path in paths)
     table = report.table(1, "pocket", tmp_path / "runs", tmp_path / "results")
     assert set(table.frame["verdict"]) == {"not run"}
     assert table.frame["yours"].isna().all()
-    assert [item.verdict for item in report.verdicts(None, "pocket", tmp_path).items] == ["not run"] * 3
+    verdicts = report.verdicts(None, "pocket", tmp_path).items
+    assert [item.id for item in verdicts] == [claim.id for claim in paper.claims() if claim.id != "C11"]
+    assert {item.verdict for item in verdicts} == {"not run"}
     assert report.provenance("pocket", tmp_path, "ssm_pruning").rows == (("runs", "–", "–"),)
 
 
@@ -245,7 +247,7 @@ def test_search_record_without_a_plan_is_refused(world):
 
 
 def test_claims_hold_when_the_records_are_as_in_the_paper(world):
-    found = report.verdicts(None, "pocket", world.root)
+    found = report.verdicts(["C1", "C2", "C12"], "pocket", world.root)
     assert [(item.id, item.verdict) for item in found.items] == [(name, "reproduced") for name in ("C1", "C2", "C12")]
     c1 = found.items[0]
     accuracy = [number for number in c1.numbers if "accuracy" in number.measure]
@@ -278,7 +280,7 @@ def test_interval_of_a_difference_of_differences(world):
 def test_claims_fail_when_the_numbers_flip(tmp_path, own, failed):
     World(tmp_path, loss=OTHER_WAY_ROUND, rise={key: 4 * value for key, value in OTHER_WAY_ROUND.items()}).write()
     profile = POCKET.model_copy(update={"papers_own_models": own})
-    found = report.verdicts(None, profile, tmp_path)
+    found = report.verdicts(["C1", "C2", "C12"], profile, tmp_path)
     assert [item.verdict for item in found.items] == [failed] * 3
     assert "0 speak for the claim" in found.items[0].why
 
@@ -318,9 +320,30 @@ def test_random_models_show_nothing(tmp_path):
     smoke = profiles.load("smoke")
     ahead = {("block_pruning", "smoke-mamba2"): 0.5, ("ssm_pruning", "smoke-mamba"): 0.5}
     World(tmp_path, smoke, n_items=4, rise=ahead).write()
-    found = report.verdicts(None, "smoke", tmp_path)
+    found = report.verdicts(["C1", "C2", "C4", "C5", "C6", "C7", "C12"], "smoke", tmp_path)
     assert {item.verdict for item in found.items} == {"not shown at this scale"}
     assert all("untrained" in item.why for item in found.items)
+
+
+WITHIN_A_MODEL = {
+    "C4": ({"zamba2_blocks": 0.1, "zamba2_parts": 0.05, "zamba2_channels_10": 0.005}, {}),
+    "C5": ({}, {"zamba2_channels_10": -0.1}),
+    "C6": ({"hymba_pruning": 0.05}, {}),
+    "C7": ({"falcon_blocks": 0.01, "falcon_ssms": 0.06}, {"falcon_blocks": 0.5, "falcon_ssms": 0.05}),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN_A_MODEL)
+@pytest.mark.parametrize(("sign", "verdict"), [(1, "reproduced"), (-1, "deviates")])
+def test_claims_about_one_model_follow_the_numbers(tmp_path, name, sign, verdict):
+    smoke = profiles.load("smoke")
+    trained = {own: model.model_copy(update={"random": None, "ref": own}) for own, model in smoke.models.items()}
+    profile = smoke.model_copy(update={"models": trained, "papers_own_models": True})
+    loss, rise = ({(study, own): sign * value for study, value in by_study.items() for own in trained}
+                  for by_study in WITHIN_A_MODEL[name])  # fmt: skip
+    World(tmp_path, profile, dense_accuracy=0.6, loss=loss, rise=rise).write()
+    found = verdict_of(name, tmp_path, profile)
+    assert found.verdict == verdict, found.summary
 
 
 def test_one_missing_evaluation_makes_a_claim_not_run(world):

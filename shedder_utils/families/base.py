@@ -72,6 +72,17 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def compact(self, model: PreTrainedModel) -> None:
+        """Drop what does nothing in a model whose substitutions stay for good, and number the layers anew, in place.
+
+        The configuration then gives a cache the right entries.
+        """
+
+    def stock_without(self, model: PreTrainedModel, component: Component) -> bool:
+        """Whether transformers' own class holds a model pruned of this component, numbered as in the dense model."""
+        return False
+
+    @abstractmethod
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
         """How many parameters a removal takes from the model, as the paper's ratios count them."""
 
@@ -94,6 +105,10 @@ class Family(ABC):
     @abstractmethod
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:
         """How many parameters are left without a reader when the component is gone."""
+
+    def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
+        """Multiplications and additions of one call of a module that are not those of a weight: scans, attention."""
+        return 0.0
 
     @abstractmethod
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:

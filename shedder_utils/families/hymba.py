@@ -65,6 +65,13 @@ class PrunedMixer(HymbaMixer):
             setattr(self, name, getattr(dense, name))
         self.train(dense.training)
 
+    def forget_dense(self, keys_read: bool) -> None:
+        """Stay pruned for good; keys and values are made no more if no layer reads them."""
+        del self.dense
+        begin = 0 if keys_read else sum(self.widths.pop(part, 0) for part in ("k", "v"))
+        if begin:
+            self.in_proj = rows(self.in_proj, begin, self.in_proj.out_features)
+
     def _parts(self) -> list[str]:
         """The parts of the projection that are still read."""
         attends, scans = "attention" not in self.gone, "ssm" not in self.gone
@@ -103,7 +110,12 @@ class Hymba(Family):
     kinds = ("hymba_block", "attention", "ssm", "mlp", "mlp_channels")
 
     def components(self, model: PreTrainedModel) -> list[Component]:
-        """Of layers that share keys and values only the last one's block, if not `all_blocks_removable`."""
+        """Of layers that share keys and values only the last one's block, if not `all_blocks_removable`.
+
+        Nothing more of a model that is pruned for good.
+        """
+        if hasattr(model.config, "pruned"):
+            return []
         return [
             Component(kind, index)
             for index in range(model.config.num_hidden_layers)
@@ -147,12 +159,46 @@ class Hymba(Family):
             found.append(Substitution(layer, "mamba", PrunedMixer(layer.mamba, kinds)))
         return found
 
+    def compact(self, model: PreTrainedModel) -> None:
+        layers, config = self.layers(model), model.config
+        kept = [index for index, layer in enumerate(layers) if layer.mamba is not None or layer.moe is not None]
+        attending = {
+            config.group_of(index)[0]
+            for index, layer in enumerate(layers)
+            if layer.mamba is not None and "q" in layer.mamba.widths
+        }
+        for index, layer in enumerate(layers):
+            if isinstance(layer.mamba, PrunedMixer):
+                layer.mamba.forget_dense(keys_read=config.group_of(index)[0] in attending)
+        model.model.layers = nn.ModuleList([layers[index] for index in kept]).train(model.training)
+        number = {index: new for new, index in enumerate(kept)}
+        for new, layer in enumerate(self.layers(model)):
+            layer.layer_idx = new
+            if layer.mamba is not None:
+                layer.mamba.layer_idx = new
+        groups = ([number[index] for index in group if index in number] for group in config.kv_reuse_group)
+        config.num_hidden_layers = len(kept)
+        config.global_attn_idx = [number[index] for index in config.global_attn_idx if index in number]
+        config.kv_reuse_group = [group for group in groups if group]
+
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
         """Norms before the heads and before the MLP do not count, nor does what is left within pruned heads."""
         layer = self.layers(model)[component.index]
         if component.kind == "mlp_channels":
             return self.channels(model) * self.channel_parameters(model)
         return {"hymba_block": _count(layer.mamba), "mlp": _count(layer.moe)}.get(component.kind, 0)
+
+    def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
+        """The scan as in Mamba-1; in the attention, scores and their product with the values of all tokens in sight."""
+        if not isinstance(module, HymbaMixer):
+            return 0.0
+        config, scan = module.config, 7.0 * tokens * module.A_log[0].numel() if hasattr(module, "A_log") else 0.0
+        if "q" not in module.widths:
+            return scan
+        window = tokens if module.is_global else min(tokens, config.sliding_window + config.num_memory_tokens)
+        in_sight = window * (window + 1) / 2 + (tokens - window) * window
+        heads = config.num_attention_heads
+        return scan + 2.0 * heads * (config.kq_head_dim + config.v_head_dim) * in_sight
 
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:
         layer = self.layers(model)[component.index]

@@ -38,6 +38,10 @@ class Mamba(MambaLike):
     models = ("mamba", "falcon_mamba")
     mixer_without_ssm = MambaMixerWithoutSSM
 
+    def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
+        """The scan: for each element of the state (E, N), exp(dt A), dt B x, the update and its product with C."""
+        return 7.0 * tokens * module.A_log.numel() if hasattr(module, "A_log") else 0.0
+
     def dead_in_mixer(self, mixer: nn.Module) -> int:
         dead = [*mixer.x_proj.parameters(), *mixer.dt_proj.parameters(), mixer.A_log, mixer.D]
         return sum(parameter.numel() for parameter in dead)

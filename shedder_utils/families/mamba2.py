@@ -42,6 +42,9 @@ class Mamba2(MambaLike):
     models = ("mamba2",)
     mixer_without_ssm = Mamba2MixerWithoutSSM
 
+    def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
+        return scan_flops(module, tokens)
+
     def dead_in_mixer(self, mixer: nn.Module) -> int:
         return dead_without_ssm(mixer)
 
@@ -52,3 +55,11 @@ def dead_without_ssm(mixer: nn.Module) -> int:
     channels = mixer.conv1d.out_channels - mixer.intermediate_size
     in_conv = channels * (mixer.conv1d.kernel_size[0] + (mixer.conv1d.bias is not None))
     return in_proj_rows * (mixer.hidden_size + (mixer.in_proj.bias is not None)) + in_conv + 3 * mixer.num_heads
+
+
+def scan_flops(module: nn.Module, tokens: int) -> float:
+    """Of a Mamba-2 mixer's scan, as a recurrence: for each element of the state (H, P, N), dt B x, update and C.
+
+    0 for any other module, and for a mixer without its SSM.
+    """
+    return 5.0 * tokens * module.intermediate_size * module.ssm_state_size if hasattr(module, "A_log") else 0.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..components import Component
@@ -42,6 +42,7 @@ class MixerWithoutSSM(nn.Module):
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
+        self.dense = type(mixer)
         self.layer_idx = mixer.layer_idx
         self.conv_kernel_size = mixer.conv_kernel_size
         self.intermediate_size = mixer.intermediate_size
@@ -51,6 +52,17 @@ class MixerWithoutSSM(nn.Module):
         self.conv1d = first_channels(mixer.conv1d, mixer.intermediate_size)
         self.out_proj = mixer.out_proj
         self.train(mixer.training)
+
+    def with_idle_scan(self, config: PretrainedConfig) -> dict[str, Tensor]:
+        """The tensors of the dense mixer that computes the same: its scan has B = 0 and D = 1, so y is x."""
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in self.dense(config, self.layer_idx).state_dict().items()}
+        weight = self.in_proj.weight
+        dense = {name: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for name, shape in shapes.items()}
+        for name, tensor in self.state_dict().items():
+            dense[name][: len(tensor)] = tensor
+        dense["D"].fill_(1.0)
+        return dense
 
     def convolve(self, x: Tensor, cache_params: Cache | None) -> Tensor:
         """silu(conv(x)) for x (B, E, L), continuing from and updating the convolution's state in the cache."""
@@ -94,6 +106,18 @@ class MambaLike(Family):
         if component.kind == "mamba_block":
             return Substitution(layers, str(component.index), SkippedLayer().train(layer.training))
         return Substitution(layer, "mixer", self.mixer_without_ssm(layer.mixer))
+
+    def compact(self, model: PreTrainedModel) -> None:
+        layers: Any = self.layers(model)
+        for index in reversed(range(len(layers))):
+            if isinstance(layers[index], SkippedLayer):
+                del layers[index]
+        for index, layer in enumerate(layers):
+            layer.layer_idx = layer.mixer.layer_idx = index
+        model.config.num_hidden_layers = len(layers)
+
+    def stock_without(self, model: PreTrainedModel, component: Component) -> bool:
+        return component.kind == "mamba_block"
 
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
         return self.dead_parameters(model, component) if component.kind == "mamba_block" else 0

@@ -5,8 +5,7 @@ tensors that are named as in transformers, but for the embedding. The vocabulary
 
 The released pruned checkpoints keep the config.json of the dense model, and lack tensors: all those of a layer where
 its Mamba block was removed, D and dt_bias of a Mamba-2 layer where its SSM was. Loaded, they are models without those
-components: fewer layers, numbered anew, and mixers without a scan. `config.pruned` keeps what was removed from how many
-layers, in the numbering of the dense model.
+components: fewer layers, numbered anew, and mixers without a scan, as `removal.prune` makes them.
 """
 
 from __future__ import annotations
@@ -179,20 +178,6 @@ def missing_components(model: PreTrainedModel, missing: Iterable[str]) -> tuple[
             rest += [f"backbone.layers.{index}.{name}" for name in names]
     gone.sort(key=lambda component: component.index)
     return gone, rest
-
-
-def prune(model: PreTrainedModel, gone: Collection[Component]) -> None:
-    """Take Mamba blocks and SSMs from a model for good: the layers that are left are numbered from 0."""
-    family = family_of(model)
-    layers: Any = family.layers(model)
-    model.config.pruned = {"layers": len(layers), "removed": [str(component) for component in gone]}
-    for change in family.substitutions(model, {part: 0 for part in gone if part.kind == "ssm"}):
-        setattr(change.parent, change.name, change.replacement)
-    for index in sorted((part.index for part in gone if part.kind == "mamba_block"), reverse=True):
-        del layers[index]
-    for index, layer in enumerate(layers):
-        layer.layer_idx = layer.mixer.layer_idx = index
-    model.config.num_hidden_layers = len(layers)
 
 
 def _read(folder: str, revision: str | None) -> dict[str, Tensor]:

@@ -31,7 +31,10 @@ def untie(model: PreTrainedModel, positions: Iterable[int] | None = None) -> Non
             for _, adapters in adapted(layer.shared_transformer):
                 if layer.shared_transformer is not own:
                     adapters[position] = nn.Identity()
-    _renew_ties(model)
+    renew_ties(model)
+    left = [adapters for layer in hybrid for _, adapters in adapted(layer.shared_transformer)]
+    if not any(parameter.numel() for adapters in left for parameter in adapters.parameters()):
+        model.config.num_mem_blocks, model.config.adapter_rank = len(hybrid), 0
 
 
 def adapted(block: Any) -> Iterator[tuple[nn.Linear, Any]]:
@@ -64,19 +67,11 @@ def _no_adapter(linear: nn.Linear) -> nn.Sequential:
         )
 
 
-def _renew_ties(model: PreTrainedModel) -> None:
+def renew_ties(model: PreTrainedModel) -> None:
     """Say to transformers what is tied now, else its next tie_weights() would tie the private copies again."""
     sources: dict[int, str] = {}
-    ties = {}
-    blocks = {index: model.model.layers[index].shared_transformer for index in model.config.hybrid_layer_ids}
-    for index, block in blocks.items():
-        name = f"layers.{index}.shared_transformer"
-        source = sources.setdefault(id(block.feed_forward.down_proj.weight), name)
-        if source != name:
-            ties[name] = source
+    named = model.model.named_parameters(remove_duplicate=False)
+    ties = {name: source for name, tensor in named if (source := sources.setdefault(id(tensor), name)) != name}
     model.model._tied_weights_keys = ties
     model.model.all_tied_weights_keys = model.model.get_expanded_tied_weights_keys(all_submodels=True)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    left = [adapters for block in blocks.values() for _, adapters in adapted(block)]
-    if not any(parameter.numel() for adapters in left for parameter in adapters.parameters()):
-        model.config.num_mem_blocks, model.config.adapter_rank = len(blocks), 0

@@ -27,68 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.models.zamba2 import modeling_zamba2
 
 from ..components import Component
 from .base import ChannelWeights, Family, Stream, Substitution
-from .mamba2 import Mamba2MixerWithoutSSM, dead_without_ssm
+from .mamba2 import dead_without_ssm, scan_flops
 from .narrow_mlp import NarrowMLP, rows
+from .zamba2_pruned import (
+    SkippedAttention,
+    SkippedMamba,
+    SkippedMLP,
+    SkippedTransformer,
+    Zamba2MixerWithoutSSM,
+    compact,
+    decoder_of,
+)
 
 IN_TRANSFORMER = ("mha", "mlp", "transformer_block", "mlp_channels")
-
-
-class Zamba2MixerWithoutSSM(Mamba2MixerWithoutSSM):
-    """Zamba2's mixer without its scan: Mamba-2's, with the functions of Zamba2's modeling file."""
-
-    modeling = modeling_zamba2
-
-
-class SkippedMamba(nn.Module):
-    """Norm and mixer are gone: h in a plain layer, h + t in a hybrid one."""
-
-    def forward(
-        self, hidden_states: Tensor, *_: Any, transformer_hidden_states: Tensor | None = None, **__: Any
-    ) -> Tensor:
-        return hidden_states if transformer_hidden_states is None else hidden_states + transformer_hidden_states
-
-
-class SkippedAttention(nn.Module):
-    """The attention and its norm are gone: h, the first `width` features of [h, e], passes."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(
-        self, hidden_states: Tensor, layer_idx: int, past_key_values: Cache | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        _count_tokens(past_key_values, hidden_states, layer_idx)
-        return hidden_states[..., : self.width], None
-
-
-class SkippedMLP(nn.Module):
-    """The MLP and its norm are gone: the attention's output passes."""
-
-    def forward(self, hidden_states: Tensor, layer_idx: int | None = None) -> Tensor:
-        return hidden_states
-
-
-class SkippedTransformer(nn.Module):
-    """The whole Transformer block is gone and adds nothing."""
-
-    def forward(self, hidden_states: Tensor, layer_idx: int, past_key_values: Cache | None = None, **_: Any) -> None:
-        _count_tokens(past_key_values, hidden_states, layer_idx)
-
-
-def _count_tokens(cache: Cache | None, hidden: Tensor, layer_idx: int) -> None:
-    """Store one number for each token in place of keys and values.
-
-    transformers takes positions and masks from the length of the first attention's cache, be it this one.
-    """
-    if cache is not None:
-        blank = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
-        cache.update(blank, blank, layer_idx)
 
 
 class Zamba2(Family):
@@ -103,9 +58,13 @@ class Zamba2(Family):
         transformers clamps it to time_step_min over a sequence but not in one-token decoding, which then disagree.
         """
         for layer in self.layers(model):
-            _decoder(layer).mamba.time_step_limit = (0.0, float("inf"))
+            if not isinstance(decoder := decoder_of(layer), SkippedMamba):
+                decoder.mamba.time_step_limit = (0.0, float("inf"))
 
     def components(self, model: PreTrainedModel) -> list[Component]:
+        """Nothing more of a model that is pruned for good."""
+        if hasattr(model.config, "pruned"):
+            return []
         found, position = [], 0
         for index, layer_type in enumerate(model.config.layers_block_type):
             found += [Component("mamba_block", index), Component("ssm", index)]
@@ -129,7 +88,7 @@ class Zamba2(Family):
     def _changes(self, model: PreTrainedModel, component: Component, kept: int) -> list[tuple[Any, str, nn.Module]]:
         """The children to replace: (parent, name, replacement)."""
         layers, index = self.layers(model), self.layer_of(model, component)
-        layer, decoder = layers[index], _decoder(layers[index])
+        layer, decoder = layers[index], decoder_of(layers[index])
         if component.kind == "mamba_block":
             parent, name = (layers, str(index)) if decoder is layer else (layer, "mamba_decoder")
             return [(parent, name, SkippedMamba())]
@@ -145,11 +104,19 @@ class Zamba2(Family):
             return [(block, "pre_ff_layernorm", nn.Identity()), (block, "feed_forward", SkippedMLP())]
         return [(block, "feed_forward", _split(block.feed_forward, component.index).first(kept))]
 
+    def compact(self, model: PreTrainedModel) -> None:
+        compact(model)
+
+    def stock_without(self, model: PreTrainedModel, component: Component) -> bool:
+        """Plain layers alone: a hybrid one without its Mamba block has no place in transformers' class."""
+        types = model.config.pruned["dense"].get("layers_block_type", model.config.layers_block_type)
+        return component.kind == "mamba_block" and types[component.index] != "hybrid"
+
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
         """Shared blocks count at every position, their adapters merged; norms of a branch and SSMs do not count."""
         layer = self.layers(model)[self.layer_of(model, component)]
         if component.kind == "mamba_block":
-            return _count(_decoder(layer).parameters())
+            return _count(decoder_of(layer).parameters())
         if component.kind == "mlp_channels":
             return model.config.intermediate_size * self.channel_parameters(model)
         if component.kind == "ssm":
@@ -173,12 +140,18 @@ class Zamba2(Family):
         adapters = _count(p for name, p in named.items() if "_adapter_list." in name)
         return _count(named.values()) + (model.config.num_mem_blocks - 1) * adapters
 
+    def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
+        """The scan as in Mamba-2; in the attention, scores and their product with the values at every earlier token."""
+        if isinstance(module, modeling_zamba2.Zamba2Attention):
+            return 2.0 * module.attention_hidden_size * tokens * (tokens + 1)
+        return scan_flops(module, tokens)
+
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:
         layer = self.layers(model)[self.layer_of(model, component)]
         if component.kind == "mamba_block":
-            return _count(_decoder(layer).parameters())
+            return _count(decoder_of(layer).parameters())
         if component.kind == "ssm":
-            return dead_without_ssm(_decoder(layer).mamba)
+            return dead_without_ssm(decoder_of(layer).mamba)
         if component.kind == "transformer_block":
             own = _count(layer.linear.parameters())
             return own + self._dead(model, component.index, "")
@@ -216,7 +189,7 @@ class Zamba2(Family):
 
     def step(self, model: PreTrainedModel, layer: nn.Module, stream: Stream) -> Stream:
         hidden, embedded, index, mask, rope = stream["hidden"], stream["embedded"], None, None, None
-        if layer is not _decoder(layer):
+        if layer is not decoder_of(layer):
             index = self._index(model, layer)
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             mask = modeling_zamba2.create_causal_mask(
@@ -233,11 +206,6 @@ class Zamba2(Family):
 
     def finish(self, model: PreTrainedModel, stream: Stream) -> Tensor:
         return model.lm_head(model.model.final_layernorm(stream["hidden"]))
-
-
-def _decoder(layer: nn.Module) -> nn.Module:
-    """Norm and mixer of a layer: the layer itself, or its part behind the Transformer block."""
-    return getattr(layer, "mamba_decoder", layer)
 
 
 def _split(mlp: nn.Module, position: int) -> NarrowMLP:

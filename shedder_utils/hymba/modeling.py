@@ -95,7 +95,8 @@ class HymbaPreTrainedModel(PreTrainedModel):
         if isinstance(module, HymbaModel):  # after its children; a mixer, without tensors of its own, is not asked
             init.normal_(module.memory_tokens, std=self.config.initializer_range)
             for layer in module.layers:
-                layer.mamba.init_scan()
+                if hasattr(layer.mamba, "A_log"):  # a pruned layer may have no scan
+                    layer.mamba.init_scan()
 
 
 class HymbaModel(HymbaPreTrainedModel):

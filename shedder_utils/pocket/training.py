@@ -68,9 +68,9 @@ class Recipe:
         Phase("pairs", 8, 128, 1500, 0.85),
         Phase("recall", 8, 128, 1500, 0.8),
         Phase("stories", 4, 256, 1600),
-        Phase("mix", 4, 256, 8000),
+        Phase("mix", 4, 256, 9200),
     )
-    steps: int = 8000
+    steps: int = 9200
     warmup: int = 100
     decay: int = 3000
     learning_rate: float = 2e-3

@@ -144,6 +144,26 @@ class Study(_Settings):
         return self
 
 
+class SpeedTable(_Settings):
+    """One of tables 6 to 9: a model less some of a study's removals, timed against the dense one.
+
+    rows: after how many removals, and the paper's row that each stands beside, by its number or its name.
+    """
+
+    study: str
+    model: str
+    new_tokens: int = Field(ge=2)
+    rows: dict[NonNegativeInt, int | str]
+
+
+class Speed(_Settings):
+    """How speed is measured: the prompt's tokens, rounds that count, and what for each table."""
+
+    prompt_tokens: PositiveInt
+    batches: PositiveInt
+    tables: dict[PositiveInt, SpeedTable]
+
+
 class Profile(_Settings):
     """All settings of a run; models and studies are by name.
 
@@ -158,6 +178,7 @@ class Profile(_Settings):
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
     studies: dict[str, Study]
+    speed: Speed | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":
@@ -166,6 +187,9 @@ class Profile(_Settings):
                 if model not in self.models:
                     known = ", ".join(self.models)
                     raise ValueError(f"rows of study {name}: no model {model!r}, expected one of {known}")
+        for number, table in self.speed.tables.items() if self.speed else ():
+            if table.study not in self.studies or table.model not in self.studies[table.study].rows:
+                raise ValueError(f"speed, table {number}: no study {table.study!r} of a model {table.model!r}")
         return self
 
 

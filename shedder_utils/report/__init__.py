@@ -12,8 +12,8 @@ from pathlib import Path
 from .. import profiles
 from ..files import in_project
 from ..profiles import Profile
-from . import claims, figures, origin, tables
-from .claims import Verdict, Verdicts
+from . import claims, figures, hyperparameters, origin, speed, tables
+from .evidence import Verdict, Verdicts
 from .figures import Drawing
 from .rendering import Table
 from .runs import Runs
@@ -24,18 +24,24 @@ __all__ = ["Drawing", "Table", "Verdict", "Verdicts", "build", "figure", "proven
 def table(
     number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs", recorded: str | Path = "results"
 ) -> Table:
-    """Table 1 (Mamba blocks) or 2 (SSMs): the paper, the records under `recorded`, and those under `root`.
+    """Tables 1 to 5 (scores of pruned models): the paper, the records under `recorded`, and those under `root`.
+
+    6 to 9 (speed of pruned models) likewise. Table 13 has the paper's hyperparameters and the profile's.
 
     Raises DataError for a table that the profile's studies do not fill.
     """
     settings = _settings(profile)
+    if number == 13:
+        return hyperparameters.table(settings)
+    if number in range(6, 10):
+        return speed.table(number, Runs(settings, root), Runs(settings, recorded))
     return tables.pruning_table(number, Runs(settings, root), Runs(settings, recorded))
 
 
 def figure(number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
-    """Figure 2 (Mamba blocks), 3 (SSMs) or 4 (calibration perplexity); its `.figure` is matplotlib's.
+    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs) or 4 (calibration perplexity).
 
-    Raises DataError for a figure that the profile's studies do not fill.
+    Its `.figure` is matplotlib's. Raises DataError for a figure that the profile's studies do not fill.
     """
     return figures.draw(number, Runs(_settings(profile), root))
 
@@ -68,6 +74,8 @@ def build(
     target = in_project(Path(root, "figures", settings.name) if folder is None else folder)
     shown: list[Table | Drawing | Verdicts] = [
         *(tables.pruning_table(number, yours, theirs) for number in tables.available(settings)),
+        *(speed.table(number, yours, theirs) for number in speed.available(settings)),
+        hyperparameters.table(settings),
         *(figures.draw(number, yours) for number in figures.available(yours)),
         claims.judge(yours),
     ]

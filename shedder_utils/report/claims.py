@@ -1,111 +1,23 @@
-"""Verdicts: whether the records bear out what the paper says in words (C1, C2 and C12 so far).
+"""Verdicts: whether the records bear out what the paper says in words (all but C11 so far).
 
-Each claim has a function in `CHECKS` that compares models pairwise after the same number of removals. Standard errors
-take the evaluations as independent; as all models answer the same items, that makes the intervals rather too wide.
+Each claim has a function in `CHECKS`. Those here compare two models after the same share of removals; those in
+`granularities.py` compare states of one model, and those in `speed.py` times.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Literal
 
 from .. import paper
 from ..errors import DataError
-from ..files import write_atomically
 from ..profiles import Profile
 from ..records import Metric
-from .rendering import DASH, markdown
-from .runs import BLOCKS, SSMS, Runs, error_of
+from . import granularities, speed
+from .evidence import Z95, Advantage, Verdict, Verdicts, exp, failed, lead, logarithm, untrained, weak, weigh
+from .runs import BLOCKS, SSMS, Runs
 from .tables import WHAT, paper_values
 
-Z95 = 1.96
-CLEARLY = 5.0
-"""Points by which the lower end of a dense model's interval must exceed guessing, for pruning to show anything."""
-Outcome = Literal["reproduced", "close", "deviates", "not shown at this scale", "not run"]
 MAMBA1, MAMBA2, ZAMBA2 = "mamba-2.8b", "mamba2-2.7b", "zamba2-2.7b"
-
-
-@dataclass(frozen=True)
-class Advantage:
-    """How far one model is ahead of another after n removals, each measured from its own dense value.
-
-    neutral: the value that favours neither, 0 for differences and 1 for ratios; above it speaks for the claim.
-    low, high: 95 % interval; both equal value for numbers without sampling error. paper: the paper's own value.
-    """
-
-    measure: str
-    n_removed: int
-    value: float
-    low: float
-    high: float
-    neutral: float
-    paper: float | None = None
-
-    @property
-    def outcome(self) -> Literal["for", "against", "open"]:
-        """Whether the interval lies on one side of neutral."""
-        if self.low > self.neutral:
-            return "for"
-        return "against" if self.high < self.neutral else "open"
-
-    def __str__(self) -> str:
-        interval = "" if self.low == self.high else f" [{self._text(self.low)}, {self._text(self.high)}]"
-        reported = "" if self.paper is None else f" (paper {self._text(self.paper)})"
-        return f"{self.n_removed} removed {self._text(self.value)}{interval}{reported}"
-
-    def _text(self, value: float) -> str:
-        return f"×{value:.2f}" if self.neutral == 1 else f"{value:+.1f}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the records say about a claim: the verdict, the numbers behind it, and why in one sentence."""
-
-    id: str
-    text: str
-    verdict: Outcome
-    why: str
-    numbers: tuple[Advantage, ...] = ()
-
-    @property
-    def summary(self) -> list[str]:
-        """One line for each measure, with its values in order of removals."""
-        groups = groupby(sorted(self.numbers, key=lambda number: number.measure), key=lambda number: number.measure)
-        return [f"{measure}: {'; '.join(map(str, numbers))}" for measure, numbers in groups]
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """Some verdicts together, as a table."""
-
-    items: tuple[Verdict, ...]
-    title: str
-
-    def to_markdown(self) -> str:
-        """A table with id, claim, verdict, why and numbers."""
-        rows = [
-            (item.id, item.text, f"**{item.verdict}**", item.why, "<br>".join(item.summary) or DASH)
-            for item in self.items
-        ]
-        note = (
-            "Above 0 (differences) or ×1 (ratios) speaks for the claim. Brackets: 95 % intervals; they cover the "
-            "choice of items, not of training runs, of which there is one for each model."
-        )
-        return f"**{self.title}**\n\n{markdown(('Id', 'Claim', 'Verdict', 'Why', 'Numbers'), rows)}\n{note}\n"
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write claims.md. Raises RecordError where it cannot be stored."""
-        path = Path(folder, "claims.md")
-        write_atomically(path, self.to_markdown())
-        return [path]
 
 
 def judge(runs: Runs, ids: Iterable[str] | None = None) -> Verdicts:
@@ -154,26 +66,12 @@ def _tolerance(runs: Runs, name: str, text: str, table: int, wanted: Sequence[tu
     if missing:
         first = f"{missing[0][0]} with {missing[0][1]} {WHAT[table]} removed"
         return Verdict(name, text, "not run", f"There is no whole evaluation of {first}.", numbers)
-    unfit = _random(runs.profile, compared) or _weak(runs.profile, {model: scores[model, 0] for model in compared})
+    unfit = untrained(runs.profile, compared) or weak(runs.profile, {model: scores[model, 0] for model in compared})
     if unfit:
         return Verdict(name, text, "not shown at this scale", unfit, numbers)
     own = {model.paper for model in runs.profile.models.values()}
     absent = sorted({model for pair in wanted for model in pair} - own)
-    return _weigh(runs.profile, name, text, numbers, absent)
-
-
-def _weigh(profile: Profile, name: str, text: str, numbers: tuple[Advantage, ...], absent: list[str]) -> Verdict:
-    """Reproduced: every interval lies on the claim's side. Close: some do, none lies on the other."""
-    outcomes = Counter(number.outcome for number in numbers)
-    why = (
-        f"Of {len(numbers)} comparisons, {outcomes['for']} speak for the claim with 95 % confidence, "
-        f"{outcomes['against']} against it, and {outcomes['open']} are open."
-    ) + (f" Not compared, for the profile has no model for it: {', '.join(absent)}." if absent else "")
-    if numbers and outcomes["for"] == len(numbers):
-        return Verdict(name, text, "reproduced", why, numbers)
-    if outcomes["for"] and not outcomes["against"]:
-        return Verdict(name, text, "close", why, numbers)
-    return Verdict(name, text, _failed(profile), why, numbers)
+    return weigh(runs.profile, name, text, numbers, absent)
 
 
 def crossover(runs: Runs, name: str, text: str) -> Verdict:
@@ -191,16 +89,19 @@ def crossover(runs: Runs, name: str, text: str) -> Verdict:
         f"From 2 removals on, the sign holds at {holds[0]} of {len(tests[0])} counts for Mamba blocks "
         f"and at {holds[1]} of {len(tests[1])} for SSMs."
     )
-    unfit = _random(runs.profile, (first, second))
+    unfit = untrained(runs.profile, (first, second))
     if unfit:
         return Verdict(name, text, "not shown at this scale", unfit, numbers)
     if holds == list(map(len, tests)):
         return Verdict(name, text, "reproduced", why, numbers)
     most = all(2 * n_holds > len(test) for n_holds, test in zip(holds, tests, strict=True))
-    return Verdict(name, text, "close" if most else _failed(runs.profile), why, numbers)
+    return Verdict(name, text, "close" if most else failed(runs.profile), why, numbers)
 
 
-CHECKS: dict[str, Callable[[Runs, str, str], Verdict]] = {"C1": block_tolerance, "C2": ssm_tolerance, "C12": crossover}
+CHECKS: dict[str, Callable[[Runs, str, str], Verdict]] = {
+    "C1": block_tolerance, "C2": ssm_tolerance, **granularities.CHECKS, **dict.fromkeys(speed.CLAIMS, speed.faster),
+    "C12": crossover,
+}  # fmt: skip
 """The test of each claim, called with the records, the claim's id and its text."""
 
 
@@ -234,13 +135,13 @@ def _advantages(
     theirs = {column: _theirs(column, reported) for column in ("average", "ppl")}
     found = []
     if all("average" in values for values in four):
-        value, error = _lead(*(values["average"] for values in four))
+        value, error = lead(*(values["average"] for values in four))
         interval = (value, value - Z95 * error, value + Z95 * error)
         measure = f"{WHAT[table]}, loss of average accuracy in points, {behind} less {ahead}"
         found.append(Advantage(measure, counts[0], *interval, 0, theirs["average"]))
     if all("ppl" in values for values in four):
-        value, error = _lead(*(_logarithm(values["ppl"]) for values in four))
-        interval = (_exp(value), _exp(value - Z95 * error), _exp(value + Z95 * error))
+        value, error = lead(*(logarithm(values["ppl"]) for values in four))
+        interval = (exp(value), exp(value - Z95 * error), exp(value + Z95 * error))
         measure = f"{WHAT[table]}, LAMBADA perplexity relative to dense, {behind} over {ahead}"
         found.append(Advantage(measure, counts[0], *interval, 1, theirs["ppl"]))
     return found
@@ -252,47 +153,10 @@ def _theirs(column: str, reported: list[dict[str, float | None]]) -> float | Non
     metrics = [Metric(value=value) for value in values if value is not None]
     if len(metrics) < len(values):
         return None
-    return _lead(*metrics)[0] if column == "average" else _exp(_lead(*map(_logarithm, metrics))[0])
-
-
-def _lead(ahead_dense: Metric, ahead: Metric, behind_dense: Metric, behind: Metric) -> tuple[float, float]:
-    """What the second model loses more than the first, on a scale where higher is better, with its standard error."""
-    four = (ahead_dense, ahead, behind_dense, behind)
-    value = (behind_dense.value - behind.value) - (ahead_dense.value - ahead.value)
-    return value, math.hypot(*map(error_of, four))
-
-
-def _logarithm(perplexity: Metric) -> Metric:
-    """Minus the logarithm: higher is better, and differences are ratios."""
-    return Metric(value=-math.log(perplexity.value), stderr=error_of(perplexity) / perplexity.value, n=perplexity.n)
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    return lead(*metrics)[0] if column == "average" else exp(lead(*map(logarithm, metrics))[0])
 
 
 def _pairs(profile: Profile, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The profile's names of pairs of the paper's models, as far as it has both."""
     own = {model.paper: name for name, model in profile.models.items()}
     return [(own[first], own[second]) for first, second in wanted if first in own and second in own]
-
-
-def _random(profile: Profile, compared: Iterable[str]) -> str | None:
-    untrained = [model for model in compared if profile.models[model].random]
-    return f"{' and '.join(untrained)}: untrained, so there is nothing to lose." if untrained else None
-
-
-def _weak(profile: Profile, dense: dict[str, dict[str, Metric]]) -> str | None:
-    """Which dense models do not answer clearly better than by guessing."""
-    guesses = [100 * column.chance for column in profile.evaluation.tasks if column.metric != "perplexity"]
-    chance = math.fsum(guesses) / len(guesses)
-    for model, scores in dense.items():
-        average = scores.get("average")
-        if average is None or not average.value - Z95 * error_of(average) > chance + CLEARLY:
-            found = "unknown" if average is None else f"{average.value:.1f} ± {error_of(average):.1f}"
-            return f"{model} is not clearly above chance: dense average {found}, chance {chance:.1f}."
-    return None
-
-
-def _failed(profile: Profile) -> Outcome:
-    return "deviates" if profile.papers_own_models else "not shown at this scale"

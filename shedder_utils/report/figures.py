@@ -1,4 +1,4 @@
-"""Figures 2, 3 and 4 of the paper (sections 4.3.1, 4.3.2 and 4.6), drawn from records.
+"""The figures of the paper (sections 3.2, 4.3.1, 4.3.2 and 4.6), drawn from records.
 
 Ours is filled and solid, the paper's hollow and dashed. The x axis is the share of the layers, so that models of
 different depth compare. Bars are one standard error.
@@ -19,6 +19,7 @@ from .. import paper, records
 from ..errors import DataError
 from ..files import write_atomically
 from ..records import Record
+from . import overview
 from .runs import BLOCKS, SSMS, Runs, error_of
 from .tables import WHAT, models
 
@@ -92,16 +93,30 @@ class Curve:
 def available(runs: Runs) -> list[int]:
     """The numbers of the figures that a profile's studies fill."""
     needs = {number: {table} for number, table in TABLES.items()} | {4: set(TABLES.values())}
-    return [number for number, tables in needs.items() if all(map(runs.studies, tables))]
+    return [1, *(number for number, tables in needs.items() if all(map(runs.studies, tables)))]
 
 
 def draw(number: int, runs: Runs) -> Drawing:
-    """Figure 2 (Mamba blocks), 3 (SSMs) or 4 (Mamba-1 against Mamba-2). Raises DataError for another number."""
+    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs) or 4 (Mamba-1 against Mamba-2).
+
+    Raises DataError for another number.
+    """
     if number not in available(runs):
         expected = ", ".join(map(str, available(runs))) or "none"
         raise DataError(f"figure {number}: expected one of {expected} with profile {runs.profile.name}")
     with _style():
+        if number == 1:
+            return _overview(runs)
         return _calibration_figure(runs) if number == 4 else _pruning_figure(number, runs)
+
+
+def _overview(runs: Runs) -> Drawing:
+    figure, drawn = overview.draw(runs, PAGE)
+    caption = (
+        "Figure 1. What can be removed from each model: dashed outlines, with the number of such components and the "
+        "share of the model's parameters that nothing reads any more when one of them is gone."
+    )
+    return Drawing("figure_1", figure, caption, drawn)
 
 
 def _pruning_figure(number: int, runs: Runs) -> Drawing:

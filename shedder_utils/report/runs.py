@@ -79,6 +79,10 @@ class Runs:
         record = self.evaluated(study, model, n_removed)
         return {} if record is None else _by_column(record, self.profile)
 
+    def dense(self, model: str) -> dict[str, Metric]:
+        """The scores of the dense model."""
+        return self.scores("dense", model, 0)
+
     def layers(self, model: str) -> int | None:
         """How many layers the dense model has, as far as a search or the profile says."""
         plans = [self.plan(study, model) for study in self.profile.studies]

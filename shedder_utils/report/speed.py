@@ -1,0 +1,158 @@
+"""Tables 6 to 9 of the paper (section 4.4): how much faster pruned models prefill and decode.
+
+Speedups are ratios taken in one run on one machine, with 95 % intervals, beside the ideal: the dense model's arithmetic
+over the pruned one's in prefill, and its memory traffic over the pruned one's in decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .. import paper
+from ..errors import DataError
+from ..profiles import Profile
+from ..records import Record
+from .evidence import Advantage, Verdict, failed, untrained
+from .rendering import DASH, Table
+from .runs import Runs
+
+PHASES = ("prefill", "decode")
+NOTE = (
+    "Speedup against the dense model on the same machine, with its 95 % interval; ideal: the share of arithmetic "
+    "(prefill) and of memory traffic (decode) that is left. The dense model's second run shows what a difference is "
+    f"worth. {DASH}: not reported, not run."
+)
+CLAIMS = {"C8": (6, 14), "C9": (7, 24), "C10": (8, "15.48% + 18 ssm")}
+CLOSE = 0.10
+"""By how much of it a measured speedup may miss the paper's and still be close; half of that counts as reproduced."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A speedup with its 95 % interval, and the ideal one."""
+
+    value: float
+    low: float
+    high: float
+    ideal: float | None
+
+    def __str__(self) -> str:
+        ideal = "" if self.ideal is None else f", ideal {self.ideal:.2f}"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]{ideal}"
+
+
+def available(profile: Profile) -> list[int]:
+    """The numbers of the tables of speed that a profile measures."""
+    return sorted(profile.speed.tables) if profile.speed else []
+
+
+def table(number: int, yours: Runs, recorded: Runs) -> Table:
+    """Table 6, 7, 8 or 9, one line for the paper, the record and yours in each row, and one for the second dense run.
+
+    Its frame has one line for each row and phase: model, removed, paper_row, phase, paper, recorded, yours, low, high,
+    ideal. Raises DataError for a table that the profile does not measure.
+    """
+    if number not in available(yours.profile):
+        raise DataError(f"table {number}: expected one of {available(yours.profile)} with profile {yours.profile.name}")
+    rows, lines = [], []
+    for n, stands_for in _rows(yours.profile, number):
+        found = {source: _measured(runs, number, n) for source, runs in (("recorded", recorded), ("yours", yours))}
+        reported = _reported(number, stands_for)
+        if reported:
+            rows.append((f"paper: {stands_for}", "paper", *(f"{reported[phase]:.2f}" for phase in PHASES)))
+        for source, values in found.items():
+            rows.append((_removed(n), source, *(str(values[phase]) if values else DASH for phase in PHASES)))
+        lines += _lines(number, yours, n, stands_for, found, reported)
+    model = yours.profile.speed.tables[number].model if yours.profile.speed else ""
+    title = f"Table {number}. Inference speed of pruned {model}: paper, recorded, yours ({yours.profile.title})"
+    return Table(
+        f"table_{number}", title, NOTE, ("Removed", "Source", "Prefill", "Decode"), tuple(rows), pd.DataFrame(lines)
+    )
+
+
+def _rows(profile: Profile, number: int) -> Iterator[tuple[str, int | str | None]]:
+    """The names of the runs of a table, and the paper's rows that they stand beside."""
+    settings = profile.speed.tables[number].rows if profile.speed else {}
+    for n, stands_for in settings.items():
+        yield str(n), stands_for
+    yield f"{min(settings)} again", None
+
+
+def _removed(name: str) -> str:
+    return "none, second run" if name.endswith("again") else name if name != "0" else "none"
+
+
+def _record(runs: Runs, number: int) -> Record | None:
+    settings = runs.profile.speed.tables[number] if runs.profile.speed else None
+    found = runs.of("speed", settings.model) if settings else []
+    return next((record for record in found if record.setting == f"table_{number}"), None)
+
+
+def _measured(runs: Runs, number: int, name: str) -> dict[str, Measured]:
+    """Both phases of one run of a table; empty where it was not measured."""
+    record = _record(runs, number)
+    if record is None or f"{name}/prefill/speedup" not in record.metrics:
+        return {}
+    values = {key: metric.value for key, metric in record.metrics.items()}
+    return {
+        phase: Measured(
+            *(values[f"{name}/{phase}/{what}"] for what in ("speedup", "low", "high")),
+            ideal=values.get(f"{name}/{phase}/ideal"),
+        )
+        for phase in PHASES
+    }
+
+
+def _reported(number: int, stands_for: int | str | None) -> dict[str, float]:
+    """The paper's row; empty where it has none."""
+    for row in paper.rows(number):
+        if stands_for is not None and row.labels.get("pruned", row.labels.get("state")) == stands_for:
+            return {phase: float(row.values[phase] or 0) for phase in PHASES}
+    return {}
+
+
+def _lines(
+    number: int,
+    runs: Runs,
+    name: str,
+    stands_for: int | str | None,
+    found: dict[str, dict[str, Measured]],
+    reported: dict[str, float],
+) -> Iterator[dict[str, object]]:
+    model = runs.profile.speed.tables[number].model if runs.profile.speed else ""
+    for phase in PHASES:
+        recorded, yours = (found[source].get(phase) for source in ("recorded", "yours"))
+        yield {
+            "model": model, "removed": name, "paper_row": stands_for, "phase": phase, "paper": reported.get(phase),
+            "recorded": recorded.value if recorded else None, "yours": yours.value if yours else None,
+            "low": yours.low if yours else None, "high": yours.high if yours else None,
+            "ideal": yours.ideal if yours else None,
+        }  # fmt: skip
+
+
+def faster(runs: Runs, name: str, text: str) -> Verdict:
+    """C8, C9, C10: the speedups of the paper's row, in the phases that the claim speaks of, within a tenth."""
+    number, stands_for = CLAIMS[name]
+    settings = runs.profile.speed.tables.get(number) if runs.profile.speed else None
+    ours = next((n for n, row in settings.rows.items() if row == stands_for), None) if settings else None
+    found = {} if ours is None else _measured(runs, number, str(ours))
+    if settings is None or ours is None or not found:
+        return Verdict(name, text, "not run", f"Table {number} was not measured.")
+    reported = _reported(number, stands_for)
+    phases = ("decode",) if name == "C10" else PHASES
+    numbers = tuple(
+        Advantage(f"speedup in {phase}", ours, m.value, m.low, m.high, 1, reported[phase])
+        for phase, m in found.items()
+        if phase in phases
+    )
+    misses = [abs(number.value / (number.paper or 1) - 1) for number in numbers]
+    why = f"The measured speedups are {', '.join(f'{100 * miss:.0f} %' for miss in misses)} off the paper's."
+    unfit = untrained(runs.profile, [settings.model])
+    if unfit:
+        return Verdict(name, text, "not shown at this scale", unfit, numbers)
+    if max(misses) <= CLOSE / 2:
+        return Verdict(name, text, "reproduced", why, numbers)
+    return Verdict(name, text, "close" if max(misses) <= CLOSE else failed(runs.profile), why, numbers)

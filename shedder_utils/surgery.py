@@ -1,0 +1,188 @@
+"""Surgery: models that no longer have what a plan removes, and folders to keep them in (section 3.2 of the paper).
+
+`removed()` computes without components and still carries them; `extract()` takes them out. Layers that do nothing are
+gone, the others and their cache entries numbered anew, and what an absent SSM, branch or channel leaves without a
+reader is cut off. The logits stay the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .components import KINDS, Component, Cut
+from .errors import ModelError, PlanError
+from .families import family_of
+from .families.mamba_like import MixerWithoutSSM
+from .files import write_atomically
+from .loading import PRUNED_TYPE, local_folder
+from .plan import Plan
+from .removal import check, is_masked, prune, removed, settle
+
+OF_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> PreTrainedModel:
+    """A smaller model without what a plan removes: the logits of `removed(model, plan.gone)`, fewer parameters.
+
+    plan: made for this model or for one of its type and shape. inplace: take the components from `model` itself, for
+    models that fill the memory; else `model` stays as it is and only what is left of it is copied.
+    Returns an ordinary transformers model of the same class; `config.pruned` says what went. Keep it with
+    `save_pruned`: where tensors are narrower than its class would have them, only `load_model` reads it back.
+    Raises PlanError for a plan that does not fit the model, and ModelError for a model that is pruned or masked.
+    """
+    _check_dense(model)
+    _check_fits(model, plan)
+    gone = plan.gone
+    if inplace:
+        prune(model, gone)
+        pruned = model
+    else:
+        check(model, gone)
+        with removed(model, gone):
+            pruned = copy.deepcopy(model)
+        settle(pruned, gone, model.num_parameters())
+    config: Any = pruned.config
+    config.pruned["plan"] = plan.model_dump(mode="json")
+    return pruned
+
+
+def save_pruned(model: PreTrainedModel, folder: str | Path, *, portable: bool = False) -> None:
+    """Write a model that `extract` returned: safetensors, what it lacks in config.json, a model card, its tokenizer.
+
+    `load_model` reads it back, with equal logits. Where only whole Mamba blocks went, stock transformers reads it too;
+    with `portable` it does so for a model without SSMs as well, which is then stored at dense size with scans that
+    return their input (B = 0, D = 1). Of anything else it says that it does not know the model type.
+    The tokenizer is copied if the model came from a folder that has one.
+    Raises ModelError for a model that is not pruned, or only masked; PlanError if it cannot be portable.
+    """
+    record = getattr(model.config, "pruned", None)
+    if record is None:
+        raise ModelError("save_pruned: this model is not pruned: extract() it first, or use save_pretrained()")
+    gone = [Cut.parse(cut).component for cut in record["removed"]]
+    stock = [family_of(model).stock_without(model, component) for component in gone]
+    if portable:
+        _check_portable(model, [component for component, is_stock in zip(gone, stock, strict=True) if not is_stock])
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=_with_idle_scans(model) if portable else None)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"save_pruned: {folder} cannot be written ({error}): choose another folder") from error
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if portable:
+        settings["pruned"]["portable"] = True
+    elif not all(stock):
+        settings["model_type"] = PRUNED_TYPE + settings["model_type"]
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_atomically(folder / "README.md", model_card(model, in_stock=portable or all(stock)))
+    _copy_tokenizer(model, folder)
+
+
+def model_card(model: PreTrainedModel, *, in_stock: bool) -> str:
+    """The model card of a pruned model, as Markdown: what went, what that left, and how to load it.
+
+    in_stock: whether it loads in stock transformers.
+    """
+    record = model.config.pruned
+    plan = Plan.model_validate(record.get("plan", {}))
+    base = plan.model.get("ref") or model.config._name_or_path
+    before, after = record["parameters"], model.num_parameters()
+    tags = "\n".join(f"- {tag}" for tag in ("mamba-shedder", "pruned", model.config.model_type))
+    lines = [
+        "---", "library_name: transformers", "tags:", tags, "---", "",
+        f"# {Path(base).name or model.config.model_type}, pruned", "",
+        f"A {model.config.model_type} model ({base or 'unnamed'}) without components that it can do without, found as "
+        "in Mamba-Shedder (Muñoz, Yuan and Jain, 2025).", "",
+        "| removed | which | count |", "|---|---|---|", *_removed_rows(record["removed"]), "",
+        f"Parameters: {after:,} of {before:,} ({after / before:.1%}).",
+        *_scores(plan), "",
+        "Numbers are those of the dense model's layers, of its hybrid positions for parts of Zamba2's Transformer "
+        "blocks; `mlp_channels` are given as MLP/channels left.", "",
+        "```python", *_loading_lines(in_stock), "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _removed_rows(removed_names: Iterable[str]) -> list[str]:
+    by_kind = defaultdict(list)
+    for name in removed_names:
+        kind, _, which = name.partition(":")
+        by_kind[kind].append(which)
+    return [f"| {kind} ({KINDS[kind]}) | {', '.join(which)} | {len(which)} |" for kind, which in by_kind.items()]
+
+
+def _scores(plan: Plan) -> list[str]:
+    if plan.dense_score is None or not plan.removals or plan.removals[-1].score is None:
+        return []
+    metric = plan.provenance.get("metric", "perplexity")
+    return [
+        f"Calibration {metric}: {plan.dense_score:.4g} before, {plan.removals[-1].score:.4g} after "
+        f"({plan.calibration.get('source', 'source not recorded')})."
+    ]
+
+
+def _loading_lines(in_stock: bool) -> list[str]:
+    stock = ["from transformers import AutoModelForCausalLM", "model = AutoModelForCausalLM.from_pretrained(folder)"]
+    own = ["from shedder_utils import load_model", "model, tokenizer = load_model(folder)"]
+    return [*own, "", "# or without this package", *stock] if in_stock else own
+
+
+def _check_dense(model: PreTrainedModel) -> None:
+    if hasattr(model.config, "pruned"):
+        raise ModelError("extract: this model is pruned already: make one plan, and extract it from the dense model")
+    if is_masked(model):
+        raise ModelError("extract: this model is masked right now: leave the block of removed() first")
+
+
+def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"extract: a {type(plan).__name__} is not a plan: expected what search() or Plan.load() returns")
+    found = {
+        "type": model.config.model_type,
+        "layers": model.config.num_hidden_layers,
+        "parameters": model.num_parameters(),
+    }
+    for name, value in found.items():
+        if plan.model.get(name, value) != value:
+            raise PlanError(
+                f"the plan is for a model with {name} {plan.model[name]}, this one has {value}: "
+                f"load {plan.model.get('ref') or 'the model of the plan'}"
+            )
+
+
+def _check_portable(model: PreTrainedModel, own: Iterable[Component]) -> None:
+    """Refuse a model that lacks more than its SSMs; own: what stock transformers has no class for."""
+    other = [str(component) for component in own if component.kind != "ssm"]
+    if other or model.config.model_type == "hymba":
+        raise PlanError(
+            f"save_pruned: a {model.config.model_type} model without {', '.join(other) or 'SSMs'} cannot be portable: "
+            "stock transformers covers Mamba blocks that are layers of their own, and SSMs; leave out portable=True"
+        )
+
+
+def _with_idle_scans(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of the model at dense size, its missing scans filled in as ones that return their input."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, MixerWithoutSSM):
+            dense = module.with_idle_scan(model.config)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in dense.items()}
+    return tensors
+
+
+def _copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+    source = local_folder(model.config._name_or_path)
+    if source is not None and source.resolve() != folder.resolve():
+        for pattern in OF_TOKENIZER:
+            for file in source.glob(pattern):
+                shutil.copy(file, folder)

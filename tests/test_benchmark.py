@@ -1,0 +1,41 @@
+"""The benchmark: its statistics, what it refuses, and that prefill and decode run as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shedder_utils import ModelError
+from shedder_utils.benchmark import Timings, benchmark
+from shedder_utils.components import Component
+from shedder_utils.families import random_model
+from shedder_utils.removal import removed
+
+
+def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
+    seconds = {"dense": {"decode": [2.0, 4.0, 9.0]}, "pruned": {"decode": [1.0, 1.0, 3.0]}}
+    found = Timings("dense", seconds).speedup("pruned", "decode")
+    assert (found.value, found.low, found.high) == (3.0, 2.0, 4.0)
+    assert Timings("dense", seconds).speedup("dense", "decode").value == 1.0
+
+
+def test_every_round_runs_every_model_and_the_reference_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = random_model(family="mamba2", layers=2, hidden_size=32, seed=0, vocab_size=48)
+    small = random_model(family="mamba2", layers=1, hidden_size=32, seed=0, vocab_size=48)
+    lengths: list[tuple[int, int]] = []
+    for model in (dense, small):
+        model.register_forward_pre_hook(lambda m, args: lengths.append((m.config.num_hidden_layers, args[0].shape[1])))
+    timings = benchmark({"dense": dense, "small": small}, prompt_tokens=5, new_tokens=3, batches=2, warmup=1)
+    assert sorted(lengths) == sorted(3 * 2 * [(2, 5), (2, 1), (2, 1)] + 3 * [(1, 5), (1, 1), (1, 1)])
+    rounds = {name: len(seconds["prefill"]) for name, seconds in timings.seconds.items()}
+    assert rounds == {"dense": 2, "small": 2, "dense again": 2}
+    assert list(timings.table().loc[("dense", "prefill")].index)[-3:] == ["speedup", "low", "high"]
+    assert not any(torch.tensor(s).le(0).any() for phases in timings.seconds.values() for s in phases.values())
+
+
+def test_what_cannot_be_timed_is_refused() -> None:
+    dense = random_model(family="mamba", layers=2, hidden_size=32, seed=0, vocab_size=48)
+    with pytest.raises(ModelError, match="2 or more"):
+        benchmark({"dense": dense}, new_tokens=1)
+    with removed(dense, [Component("ssm", 0)]), pytest.raises(ModelError, match="masked"):
+        benchmark({"dense": dense})
