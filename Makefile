@@ -8,7 +8,7 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 
 BIN := .venv/bin
 READY := .venv/.ready
-POCKET_MODELS := pocket-mamba pocket-mamba2
+POCKET_MODELS := pocket-mamba pocket-mamba2 pocket-falcon-mamba pocket-zamba2 pocket-hymba
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce report test lint bench lab models clean

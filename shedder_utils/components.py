@@ -87,7 +87,9 @@ class Cut(NamedTuple):
         """The cut that `str` wrote. Raises PlanError for any other text."""
         component, slash, kept = text.partition("/")
         if slash and not (kept.isdecimal() and int(kept)):
-            raise PlanError(f"cut {text!r} is malformed: expected channels to keep after '/', as in 'mlp_channels:3/2048'")
+            raise PlanError(
+                f"cut {text!r} is malformed: expected channels that stay after '/', as in mlp_channels:3/2048"
+            )
         return cls(Component.parse(component), int(kept or 0))
 
 

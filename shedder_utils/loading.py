@@ -187,7 +187,7 @@ def _pruned(
     """The model of a folder that `save_pruned` wrote."""
     record = settings["pruned"]
     try:
-        gone, dense = [Cut.parse(cut) for cut in record["removed"]], dict(record["dense"])
+        gone, dense, _ = [Cut.parse(cut) for cut in record["removed"]], dict(record["dense"]), record["parameters"]
     except (KeyError, TypeError, ValueError, PlanError) as error:
         raise ModelError(f"model {folder}: config.json: 'pruned' is malformed ({error!r}): save it again") from error
     if record.get("portable"):
@@ -195,10 +195,13 @@ def _pruned(
         del model.config.pruned
         prune(model, _ssms_renumbered(gone))
     else:
-        model_type = settings["model_type"].removeprefix(PRUNED_TYPE)
+        model_type = str(settings.get("model_type")).removeprefix(PRUNED_TYPE)
         _check_type(folder, model_type)
         plain = {name: value for name, value in settings.items() if name not in ("pruned", "model_type")}
-        config: Any = CONFIG_MAPPING[model_type].from_dict(plain | dense)
+        try:
+            config: Any = CONFIG_MAPPING[model_type].from_dict(plain | dense)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise _unusable(folder, error) from error
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = _from_safetensors(_without(model_class, gone), folder, config, dtype, revision)
         model.__class__ = model_class

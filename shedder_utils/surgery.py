@@ -26,7 +26,7 @@ from .families.mamba_like import MixerWithoutSSM
 from .files import write_atomically
 from .loading import PRUNED_TYPE, local_folder
 from .plan import Plan
-from .removal import check, is_masked, prune, removed, settle
+from .removal import is_masked, prune, removed, settle
 
 OF_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -47,7 +47,6 @@ def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> Pre
         prune(model, gone)
         pruned = model
     else:
-        check(model, gone)
         with removed(model, gone):
             pruned = copy.deepcopy(model)
         settle(pruned, gone, model.num_parameters())
@@ -66,8 +65,8 @@ def save_pruned(model: PreTrainedModel, folder: str | Path, *, portable: bool = 
     Raises ModelError for a model that is not pruned, or only masked; PlanError if it cannot be portable.
     """
     record = getattr(model.config, "pruned", None)
-    if record is None:
-        raise ModelError("save_pruned: this model is not pruned: extract() it first, or use save_pretrained()")
+    if record is None or is_masked(model):
+        raise ModelError("save_pruned: this model is not pruned for good: extract() it first, or use save_pretrained()")
     gone = [Cut.parse(cut).component for cut in record["removed"]]
     stock = [family_of(model).stock_without(model, component) for component in gone]
     if portable:
@@ -146,7 +145,7 @@ def _check_dense(model: PreTrainedModel) -> None:
 
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     if not isinstance(plan, Plan):
-        raise PlanError(f"extract: a {type(plan).__name__} is not a plan: expected what search() or Plan.load() returns")
+        raise PlanError(f"extract: a {type(plan).__name__} is not a plan: expected one of search() or Plan.load()")
     found = {
         "type": model.config.model_type,
         "layers": model.config.num_hidden_layers,

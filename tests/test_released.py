@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shedder_utils import Component, DataError, ModelError, Plan, PlanError, components, describe, paper, removed
 from shedder_utils.families import family_of, native, random_model
 from shedder_utils.loading import fingerprint, load_model
+from shedder_utils.removal import prune
 
 IDS = torch.randint(0, 45, (2, 14), generator=torch.Generator().manual_seed(5))
 ZAMBA2 = {
@@ -246,6 +247,6 @@ def test_the_papers_plans_are_its_orders() -> None:
 def test_the_released_model_of_2_2_billion_has_its_parameters() -> None:
     """Mamba-Shedder-Mamba-2.2B: 14 blocks of Mamba-2.8B are gone."""
     model = full_size()
-    native.prune(model, paper.plan("mamba-2.8b").components)
+    prune(model, paper.plan("mamba-2.8b").components)
     assert model.num_parameters() == 2_190_927_360
     assert model.config.num_hidden_layers == 50

@@ -29,7 +29,8 @@ PADDED = torch.ones_like(IDS)
 PADDED[0, :5] = 0
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SIZE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 LAYERS = ["hybrid" if index in (1, 3, 4, 6) else "linear_attention" for index in range(7)]
 CONFIGS = {
@@ -47,7 +48,12 @@ CONFIGS = {
         max_position_embeddings=64, orig_max_position_embeddings=16, all_blocks_removable=True,
     ),
 }  # fmt: skip
-MAMBA = ["mamba_block:0", "ssm:1 ssm:5", "mamba_block:1 ssm:2 mamba_block:5 ssm:4", " ".join(f"ssm:{i}" for i in range(6))]
+MAMBA = [
+    "mamba_block:0",
+    "ssm:1 ssm:5",
+    "mamba_block:1 ssm:2 mamba_block:5 ssm:4",
+    " ".join(f"ssm:{i}" for i in range(6)),
+]
 ALL_BLOCKS = " ".join(f"mamba_block:{i}" for i in range(6))
 ZAMBA2 = [
     "mamba_block:0 mamba_block:5",
@@ -69,15 +75,15 @@ HYMBA = [
     " ".join(f"ssm:{i}" for i in range(8)),
 ]
 CASES = [
-    *((family, gone) for family in ("mamba", "falcon_mamba", "mamba2") for gone in MAMBA),
+    *((family, gone) for family in ("mamba", "falcon_mamba", "mamba2") for gone in MAMBA[1:]),
     ("mamba2", ALL_BLOCKS),
     *(("zamba2", gone) for gone in ZAMBA2),
-    *(("zamba2_rope", gone) for gone in ZAMBA2[2:]),
+    *(("zamba2_rope", gone) for gone in ZAMBA2[4:]),
     *(("hymba", gone) for gone in HYMBA),
 ]
 SOME = [
-    ("mamba", MAMBA[2]), ("falcon_mamba", MAMBA[2]), ("mamba2", MAMBA[2]), ("zamba2", ZAMBA2[4]), ("zamba2", ZAMBA2[-1]),
-    ("hymba", HYMBA[3]), ("hymba", HYMBA[4]),
+    ("mamba", MAMBA[2]), ("falcon_mamba", MAMBA[2]), ("mamba2", MAMBA[2]), ("zamba2", ZAMBA2[4]),
+    ("zamba2", ZAMBA2[-1]), ("hymba", HYMBA[3]), ("hymba", HYMBA[4]),
 ]  # fmt: skip
 
 
@@ -174,7 +180,8 @@ def test_what_is_left_is_what_a_gradient_reaches(family: str, gone: str) -> None
 def test_one_component_takes_what_is_dead_without_it(family: str) -> None:
     model = build(family)
     for component in family_of(model).components(model):
-        if component.kind != "mlp_channels" and not family_of(model).conflict(model, [component]):
+        removable = component.kind != "mlp_channels" and not family_of(model).conflict(model, [component])
+        if component.index in (1, 3) and removable:
             pruned = extract(model, plan_of(model, str(component)))
             dead = family_of(model).dead_parameters(model, component)
             assert model.num_parameters() - pruned.num_parameters() == dead, str(component)
@@ -327,8 +334,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed() -> None:
     pruned = extract(model, plan_of(model, "ssm:1"))
     with pytest.raises(ModelError, match="pruned already: make one plan"):
         extract(pruned, Plan.from_released({"pruned_ssm_idx": [2]}))
-    with pytest.raises(ModelError, match=r"not pruned: extract\(\) it first"):
+    with pytest.raises(ModelError, match=r"not pruned for good: extract\(\) it first"):
         save_pruned(model, "nowhere")
+    with (
+        removed(pruned, [Cut.parse("ssm:2")]),
+        pytest.raises(ModelError, match=r"not pruned for good: extract\(\) it first"),
+    ):
+        save_pruned(pruned, "nowhere")
 
 
 @pytest.mark.parametrize("name", ["mlp_channels:1/", "mlp_channels:1/0", "mlp_channels:1/x", "ssm"])
@@ -338,8 +350,13 @@ def test_malformed_cuts_are_refused(name: str) -> None:
         Cut.parse(name)
 
 
-@pytest.mark.parametrize(("family", "gone"), [*CASES[2:5], *CASES[-6:], *SOME, ("zamba2_rope", ZAMBA2[7]), CASES[0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SAVED = [*SOME, ("mamba", MAMBA[3]), ("falcon_mamba", MAMBA[0]), ("zamba2_rope", ZAMBA2[7]), ("hymba", HYMBA[1])]
+
+
+@pytest.mark.parametrize(
+    ("family", "gone", "dtype"),
+    [*((*case, torch.float32) for case in SAVED), *((*case, torch.bfloat16) for case in SOME[2:5])],
+)
 def test_a_saved_model_is_read_back_bit_for_bit(family: str, gone: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family).to(dtype)
     pruned = extract(model, plan_of(model, gone))
@@ -352,8 +369,9 @@ def test_a_saved_model_is_read_back_bit_for_bit(family: str, gone: str, dtype: t
     assert again.config.pruned == pruned.config.pruned
     assert again.num_parameters() == pruned.num_parameters()
     assert Plan.model_validate(again.config.pruned["plan"]).gone == [Cut.parse(name) for name in gone.split()]
-    again.save_pretrained(tmp_path / "again")
-    assert fingerprint(load_model(tmp_path / "again", dtype=dtype, tokenizer=False)[0]) == fingerprint(pruned)
+    if family == "mamba":  # without the package's own way of saving too
+        again.save_pretrained(tmp_path / "again")
+        assert fingerprint(load_model(tmp_path / "again", dtype=dtype, tokenizer=False)[0]) == fingerprint(pruned)
 
 
 def test_the_model_card_says_what_went_and_what_is_left(tmp_path: Path) -> None:
@@ -397,8 +415,8 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
         with pytest.raises((ModelError, PlanError), match=message) as caught:
             load_model(tmp_path, tokenizer=False)
         assert "\n" not in str(caught.value)
-    damage(tmp_path, model_type="pruned_gpt2")
-    with pytest.raises(ModelError, match="malformed|not covered"):
+    damage(tmp_path, pruned=record, model_type="pruned_gpt2")
+    with pytest.raises(ModelError, match="'gpt2', which is not covered"):
         load_model(tmp_path, tokenizer=False)
 
 
@@ -406,7 +424,10 @@ PORTABLE = [
     ("mamba", MAMBA[2]), ("falcon_mamba", MAMBA[2]), ("mamba2", MAMBA[2]), ("mamba2", MAMBA[3]),
     ("zamba2", "mamba_block:0 ssm:1 ssm:5 mamba_block:2"),
 ]  # fmt: skip
-STOCK = [*((family, "mamba_block:0 mamba_block:4") for family in ("mamba", "falcon_mamba", "mamba2")), ("zamba2", ZAMBA2[0])]
+STOCK = [
+    *((family, "mamba_block:0 mamba_block:4") for family in ("mamba", "falcon_mamba", "mamba2")),
+    ("zamba2", ZAMBA2[0]),
+]
 IN_STOCK = """
 import sys
 sys.modules["shedder_utils"] = None  # any import of it fails
@@ -479,6 +500,7 @@ def test_what_stock_transformers_has_no_class_for_is_not_portable(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_an_untied_zamba2_is_pruned_and_read_back(tmp_path: Path) -> None:
     model = build("zamba2")
     untie(model)

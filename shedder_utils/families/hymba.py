@@ -21,6 +21,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,7 +161,8 @@ class Hymba(Family):
         return found
 
     def compact(self, model: PreTrainedModel) -> None:
-        layers, config = self.layers(model), model.config
+        layers: Any = self.layers(model)
+        config = model.config
         kept = [index for index, layer in enumerate(layers) if layer.mamba is not None or layer.moe is not None]
         attending = {
             config.group_of(index)[0]
@@ -170,12 +172,12 @@ class Hymba(Family):
         for index, layer in enumerate(layers):
             if isinstance(layer.mamba, PrunedMixer):
                 layer.mamba.forget_dense(keys_read=config.group_of(index)[0] in attending)
-        model.model.layers = nn.ModuleList([layers[index] for index in kept]).train(model.training)
         number = {index: new for new, index in enumerate(kept)}
-        for new, layer in enumerate(self.layers(model)):
-            layer.layer_idx = new
-            if layer.mamba is not None:
-                layer.mamba.layer_idx = new
+        for index, new in number.items():
+            layers[index].layer_idx = new
+            if layers[index].mamba is not None:
+                layers[index].mamba.layer_idx = new
+        model.model.layers = nn.ModuleList([layers[index] for index in kept]).train(model.training)
         groups = ([number[index] for index in group if index in number] for group in config.kv_reuse_group)
         config.num_hidden_layers = len(kept)
         config.global_attn_idx = [number[index] for index in config.global_attn_idx if index in number]

@@ -90,7 +90,7 @@ def compact(model: PreTrainedModel) -> None:
     left = (_left_of(layer, layer in with_keys) for layer in layers)
     kept = [layer for layer in left if layer is not None]
     for index, layer in enumerate(kept):
-        decoder = decoder_of(layer)
+        decoder: Any = decoder_of(layer)
         if not isinstance(decoder, SkippedMamba):
             decoder.layer_idx = decoder.mamba.layer_idx = index
     model.model.layers = nn.ModuleList(kept).train(model.training)

@@ -23,20 +23,41 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Zamba2Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from .. import kernels
 from ..errors import ModelError
+from ..families import family_of
+from ..hymba import HymbaConfig
 from .corpus import ANSWER_WEIGHT, batch
 from .prose import POCKET
 from .tasks import TASKS, quick_accuracy
 
 SIZE = {"vocab_size": 4096, "hidden_size": 96, "num_hidden_layers": 24, "tie_word_embeddings": True,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "layer_norm_epsilon": 1e-5}  # fmt: skip
+STATE_SIZE = 16  # of Mamba-1 and its relatives
 CONFIGS: dict[str, PretrainedConfig] = {
-    "pocket-mamba": MambaConfig(**SIZE, state_size=16),
+    "pocket-mamba": MambaConfig(**SIZE, state_size=STATE_SIZE),
     "pocket-mamba2": Mamba2Config(**SIZE, state_size=64, num_heads=6, head_dim=32, n_groups=1, chunk_size=64),
+    "pocket-falcon-mamba": FalconMambaConfig(**SIZE, state_size=STATE_SIZE),
+    "pocket-zamba2": Zamba2Config(
+        **{**SIZE, "num_hidden_layers": 18}, rms_norm_eps=1e-5, mamba_d_state=64, n_mamba_heads=6, mamba_ngroups=1,
+        chunk_size=64, layers_block_type=["hybrid" if i in (5, 11, 17) else "linear_attention" for i in range(18)],
+        num_mem_blocks=2, num_attention_heads=6, intermediate_size=400, adapter_rank=8, max_position_embeddings=2048,
+    ),
+    "pocket-hymba": HymbaConfig(
+        **{**SIZE, "num_hidden_layers": 16}, num_attention_heads=6, num_key_value_heads=2, intermediate_size=250,
+        mamba_d_state=STATE_SIZE, num_memory_tokens=16, sliding_window=64,
+    ),
 }
 
 
@@ -100,6 +121,7 @@ class Training:
         self.tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer")
         torch.manual_seed(recipe.seed)
         self.model = AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+        family_of(self.model).prepare(self.model)
         make_memory_louder(self.model, recipe.louder)
         self.optimizer = optimizer(self.model, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -227,12 +249,12 @@ def make_memory_louder(model: PreTrainedModel, times: float) -> None:
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
+            if "A_log" in name:
                 parameter -= math.log(times)
-            elif name.endswith(("dt_bias", "dt_proj.bias")):
+            elif "dt_bias" in name or ("dt_proj" in name and name.endswith("bias")):
                 parameter += math.log(times)
-            elif name.endswith("x_proj.weight"):
-                parameter[-2 * model.config.state_size :] *= 4
+            elif "x_proj" in name:
+                parameter[-2 * STATE_SIZE :] *= 4
 
 
 def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -244,8 +266,8 @@ def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW that decays matrices, and neither norms and biases nor the scans' own parameters."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("A_log")]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("A_log")]
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "A_log" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "A_log" in name]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
 
