@@ -12,7 +12,7 @@ from .families import family_of
 
 
 def describe(model: PreTrainedModel) -> pd.DataFrame:
-    """One row for each removable kind, and one for the whole model.
+    """One row for each kind that can be removed, and one for the whole model.
 
     Columns: count, parameters of one component (the mean), parameters of all, and their share of the model's unique
     parameters. A component weighs what is left without a reader when it alone is gone.
@@ -22,7 +22,8 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
     rows = []
     for kind in family.kinds:
         weights = [family.dead_parameters(model, c) for c in family.components(model) if c.kind == kind]
-        rows.append((kind, len(weights), sum(weights) / len(weights), sum(weights), sum(weights) / total))
+        if weights:
+            rows.append((kind, len(weights), sum(weights) / len(weights), sum(weights), sum(weights) / total))
     rows.append(("model", 1, total, total, 1.0))
     return pd.DataFrame(rows, columns=["kind", "count", "parameters_each", "parameters", "share"]).set_index("kind")
 

@@ -62,4 +62,7 @@ def scan_flops(module: nn.Module, tokens: int) -> float:
 
     0 for any other module, and for a mixer without its SSM.
     """
-    return 5.0 * tokens * module.intermediate_size * module.ssm_state_size if hasattr(module, "A_log") else 0.0
+    if not hasattr(module, "A_log"):
+        return 0.0
+    width, state = int(module.intermediate_size), int(module.ssm_state_size)
+    return 5.0 * tokens * width * state

@@ -44,9 +44,17 @@ def _packed(arguments: dict[str, Any]) -> bool:
 def _mamba_selective_scan(original: Function) -> Function:
     @functools.wraps(original)
     def scan(
-        hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-        return_last_state: bool = False, **options: Any,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **options: Any,
     ) -> Any:
         if _packed(options) or not _supported(hidden_states, dt, A, B, C, D, z, delta_bias):
             return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
@@ -61,14 +69,35 @@ def _mamba_selective_scan(original: Function) -> Function:
 def _mamba2_chunk_scan(original: Function) -> Function:
     @functools.wraps(original)
     def scan(
-        hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
-        dt_bias: Tensor | None = None, initial_states: Tensor | None = None, dt_softplus: bool = False,
-        dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False, **options: Any,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **options: Any,
     ) -> Any:
         if _packed(options) or not _supported(hidden_states, dt, A, B, C, D, dt_bias, initial_states):
             return original(
-                hidden_states, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit,
-                return_final_states, **options,
+                hidden_states,
+                dt,
+                A,
+                B,
+                C,
+                chunk_size,
+                D,
+                dt_bias,
+                initial_states,
+                dt_softplus,
+                dt_limit,
+                return_final_states,
+                **options,
             )
         y, state = ssd(hidden_states.float(), dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_states)
         return (y, state) if return_final_states else y
@@ -91,8 +120,17 @@ def _causal_conv1d_fn(original: Function) -> Function:
 def _mamba_selective_state_update(original: Function) -> Function:
     @functools.wraps(original)
     def update(
-        state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None, **options: Any,
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         supported = _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z)
         if not supported or D is None or dt_bias is None or not can_update(state, *A.shape):
@@ -106,8 +144,17 @@ def _mamba_selective_state_update(original: Function) -> Function:
 def _mamba2_selective_state_update(original: Function) -> Function:
     @functools.wraps(original)
     def update(
-        state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None, **options: Any,
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         H, P, N = state.shape[1:]
         supported = _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z) and A.stride()[1:] == (0, 0)
@@ -125,7 +172,10 @@ def _mamba2_selective_state_update(original: Function) -> Function:
 def _causal_conv1d_update(original: Function) -> Function:
     @functools.wraps(original)
     def update(
-        hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
         channels, length = hidden_states.shape[1:]

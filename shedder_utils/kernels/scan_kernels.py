@@ -109,8 +109,30 @@ def _recompute_chunk(b, t0, steps, e, decay, states, decays, deltas, outs, N, us
 
 @njit(error_model="numpy")
 def _reverse_chunk(
-    b, t0, steps, e, decay, states, decays, deltas, outs, dB_lanes, dC_lanes, N, use_softplus,
-    u, dt, B, C, D, z, bias, dy, du, ddt, dz,
+    b,
+    t0,
+    steps,
+    e,
+    decay,
+    states,
+    decays,
+    deltas,
+    outs,
+    dB_lanes,
+    dC_lanes,
+    N,
+    use_softplus,
+    u,
+    dt,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    dy,
+    du,
+    ddt,
+    dz,
 ):
     """Gradients of one chunk and block. Behind the decay exponents lie the adjoint (dloss/dh, which runs backwards in
     time), dA, dD, dbias."""
@@ -171,8 +193,34 @@ def _end_block(decay, b, e, N, dA, dD, dbias, dinitial):
 
 @njit(error_model="numpy")
 def _backward_task(
-    task, scratch, groups, batch, L, E, N, use_softplus, u, dt, A, B, C, D, z, bias, saved, dy, dlast,
-    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial,
+    task,
+    scratch,
+    groups,
+    batch,
+    L,
+    E,
+    N,
+    use_softplus,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    saved,
+    dy,
+    dlast,
+    du,
+    ddt,
+    dA,
+    dB,
+    dC,
+    dD,
+    dz,
+    dbias,
+    dinitial,
 ):
     """One sequence and one group of blocks; dB and dC (groups * B, L, N) are sums over the group."""
     b = task // groups
@@ -201,8 +249,30 @@ def _backward_task(
                 b, t0, steps, q * 16, decay, states, decays, deltas, outs, N, use_softplus, u, dt, B, C, D, bias
             )
             _reverse_chunk(
-                b, t0, steps, q * 16, decay, states, decays, deltas, outs, dB_lanes, dC_lanes, N, use_softplus,
-                u, dt, B, C, D, z, bias, dy, du, ddt, dz,
+                b,
+                t0,
+                steps,
+                q * 16,
+                decay,
+                states,
+                decays,
+                deltas,
+                outs,
+                dB_lanes,
+                dC_lanes,
+                N,
+                use_softplus,
+                u,
+                dt,
+                B,
+                C,
+                D,
+                z,
+                bias,
+                dy,
+                du,
+                ddt,
+                dz,
             )
         dB_0, dC_0 = at(dB, group * batch + b, t0), at(dC, group * batch + b, t0)
         for i in range(steps * N):

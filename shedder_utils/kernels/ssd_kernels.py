@@ -164,8 +164,29 @@ def _reverse_chunk(
 
 @njit(error_model="numpy")
 def _backward_head(
-    b, chunk, steps, head, group, scratch, adjoints, P, N, H,
-    x, delta, decay, B, C, D, saved, dy, dx, ddelta, ddecay, dB, dC,
+    b,
+    chunk,
+    steps,
+    head,
+    group,
+    scratch,
+    adjoints,
+    P,
+    N,
+    H,
+    x,
+    delta,
+    decay,
+    B,
+    C,
+    D,
+    saved,
+    dy,
+    dx,
+    ddelta,
+    ddecay,
+    dB,
+    dC,
 ):
     """One head of one chunk, tile after tile; returns its part of dD."""
     t0 = chunk * CHUNK
@@ -182,8 +203,28 @@ def _backward_head(
             store(adjoint, n, flush(load(adjoint, n)))
         _recompute_chunk(b, t0, steps, head, head * P + p, group, states, N, x, delta, decay, B)
         dD += _reverse_chunk(
-            b, t0, steps, head, head * P + p, group, states, adjoint, sums, ddecays, N,
-            x, delta, decay, B, C, D, dy, dx, ddelta, dB, dC,
+            b,
+            t0,
+            steps,
+            head,
+            head * P + p,
+            group,
+            states,
+            adjoint,
+            sums,
+            ddecays,
+            N,
+            x,
+            delta,
+            decay,
+            B,
+            C,
+            D,
+            dy,
+            dx,
+            ddelta,
+            dB,
+            dC,
         )
     for t in range(steps):
         store_scalar(at(ddecay, b, t0 + t), head, total(load(ddecays, t * 16)))
@@ -192,8 +233,31 @@ def _backward_head(
 
 @njit(error_model="numpy")
 def _backward_task(
-    task, scratch, parts, batch, L, H, P, N, G, x, delta, decay, B, C, D, saved, dy, dlast,
-    dx, ddelta, ddecay, dB, dC, dD, dinitial,
+    task,
+    scratch,
+    parts,
+    batch,
+    L,
+    H,
+    P,
+    N,
+    G,
+    x,
+    delta,
+    decay,
+    B,
+    C,
+    D,
+    saved,
+    dy,
+    dlast,
+    dx,
+    ddelta,
+    ddecay,
+    dB,
+    dC,
+    dD,
+    dinitial,
 ):
     """One sequence and some heads of a group; dB and dC (parts * B, L, G*N) sum over these. dinitial holds adjoints."""
     b = task // (G * parts)
@@ -214,8 +278,29 @@ def _backward_task(
                 store(at(dC_b, 0, t), n, fill(_ZERO))
         for head in range(first, end):
             dD_head = _backward_head(
-                b, chunk, steps, head, group * N, scratch, at(dinitial, b, head * P), P, N, H,
-                x, delta, decay, B, C, D, saved, dy, dx, ddelta, ddecay, dB_b, dC_b,
+                b,
+                chunk,
+                steps,
+                head,
+                group * N,
+                scratch,
+                at(dinitial, b, head * P),
+                P,
+                N,
+                H,
+                x,
+                delta,
+                decay,
+                B,
+                C,
+                D,
+                saved,
+                dy,
+                dx,
+                ddelta,
+                ddecay,
+                dB_b,
+                dC_b,
             )
             store_scalar(at(dD, b, 0), head, load_scalar(at(dD, b, 0), head) + dD_head)
 

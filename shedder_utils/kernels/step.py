@@ -120,7 +120,15 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def state_update(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
     softplus: bool,
 ) -> Tensor:
     """Advance `state` (B, R, N) by one token, in place.

@@ -25,7 +25,7 @@ NOTE = (
     "(prefill) and of memory traffic (decode) that is left. The dense model's second run shows what a difference is "
     f"worth. {DASH}: not reported, not run."
 )
-CLAIMS = {"C8": (6, 14), "C9": (7, 24), "C10": (8, "15.48% + 18 ssm")}
+CLAIMS: dict[str, tuple[int, int | str]] = {"C8": (6, 14), "C9": (7, 24), "C10": (8, "15.48% + 18 ssm")}
 CLOSE = 0.10
 """By how much of it a measured speedup may miss the paper's and still be close; half of that counts as reproduced."""
 
@@ -57,7 +57,8 @@ def table(number: int, yours: Runs, recorded: Runs) -> Table:
     """
     if number not in available(yours.profile):
         raise DataError(f"table {number}: expected one of {available(yours.profile)} with profile {yours.profile.name}")
-    rows, lines = [], []
+    rows: list[tuple[str, ...]] = []
+    lines: list[dict[str, object]] = []
     for n, stands_for in _rows(yours.profile, number):
         found = {source: _measured(runs, number, n) for source, runs in (("recorded", recorded), ("yours", yours))}
         reported = _reported(number, stands_for)
@@ -99,7 +100,9 @@ def _measured(runs: Runs, number: int, name: str) -> dict[str, Measured]:
     values = {key: metric.value for key, metric in record.metrics.items()}
     return {
         phase: Measured(
-            *(values[f"{name}/{phase}/{what}"] for what in ("speedup", "low", "high")),
+            value=values[f"{name}/{phase}/speedup"],
+            low=values[f"{name}/{phase}/low"],
+            high=values[f"{name}/{phase}/high"],
             ideal=values.get(f"{name}/{phase}/ideal"),
         )
         for phase in PHASES
