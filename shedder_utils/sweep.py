@@ -27,6 +27,7 @@ from .calibration import Calibration
 from .components import Cut
 from .families import Stream, family_of
 from .importance import sequence_losses, to_perplexity
+from .kernels.memory import beside_the_heap
 from .removal import removed
 
 TOKENS_AT_ONCE = 8192
@@ -48,6 +49,10 @@ class Stack:
         """The B rows of one owner."""
         begin = position * self.rows
         return {name: tensor[begin : begin + self.rows] for name, tensor in self.stream.items()}
+
+    def aside(self) -> Stack:
+        """The stack in memory that the work on layers, which takes and frees much, does not scatter."""
+        return Stack(self.owners, {name: beside_the_heap(t) for name, t in self.stream.items()}, self.rows)
 
     def only(self, owners: set[Cut | None]) -> Stack:
         """The stack without the variants of others."""
@@ -101,7 +106,8 @@ class Sweep:
                 if new and (index > min(new) or None not in stack.owners):
                     del stacks[index]
                 else:
-                    stacks[index] = stack.only({None, *candidates})
+                    left = stack.only({None, *candidates})
+                    stacks[index] = stack if left is stack else left.aside()
         self.scored = set(candidates)
 
     def _walk(self, number: int, ids: Tensor, at: dict[int, list[Cut]]) -> list[tuple[Cut, Tensor]]:
@@ -112,7 +118,7 @@ class Sweep:
         stride, last_birth = self._stride(stack.stream, at, len(layers)), max(at)
         for index in range(begin, len(layers)):
             if index % stride == 0 and index:
-                self.kept[number][index] = stack
+                self.kept[number][index] = stack.aside()
             here = at.get(index, [])
             born = [part for candidate in here for part in self._variant(candidate, stack.of(0))]
             stack = Stack([*stack.owners, *here], _stacked([*self._step(index, stack.stream), *born]), stack.rows)

@@ -2,12 +2,17 @@
 
 By default glibc gives each large temporary back to the system when it is freed, and the next layer's pays for fresh,
 zeroed pages again: 20 to 30 % of a small model's forward. `keep_freed_memory` tells glibc to keep such blocks on its
-heap.
+heap. What is meant to stay for long would leave holes of odd sizes between them: `beside_the_heap` puts it elsewhere.
 """
 
 import ctypes
 import functools
+import math
+import mmap
 import sys
+
+import torch
+from torch import Tensor
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _LARGEST = 2**30  # bytes; larger blocks still come from, and go back to, the system
@@ -26,3 +31,11 @@ def keep_freed_memory() -> bool:
         return False
     options = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _LARGEST), (_TOP_PAD, _SPARE))
     return all([mallopt(option, value) == 1 for option, value in options])
+
+
+def beside_the_heap(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor in memory of its own, which goes back to the system with it; others are returned as is."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor
+    place = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype, count=math.prod(tensor.shape))
+    return place.view(tensor.shape).copy_(tensor)
