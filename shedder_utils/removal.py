@@ -85,6 +85,7 @@ def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, 
     try:
         if outermost:
             _MASKED.add(model)
+            model.tie_weights = _leave_ties_alone  # type: ignore[method-assign]
         for change in family_of(model).substitutions(model, dict(gone)):
             originals.append((change.parent, change.name, getattr(change.parent, change.name)))
             setattr(change.parent, change.name, change.replacement)
@@ -94,6 +95,11 @@ def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, 
             setattr(parent, name, original)
         if outermost:
             _MASKED.discard(model)
+            vars(model).pop("tie_weights")
+
+
+def _leave_ties_alone(*_: object, **__: object) -> None:
+    """In place of a masked model's `tie_weights`, which others call and which would tie stand-ins to other tensors."""
 
 
 def is_masked(model: PreTrainedModel) -> bool:

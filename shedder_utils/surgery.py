@@ -49,6 +49,7 @@ def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> Pre
     else:
         with removed(model, gone):
             pruned = copy.deepcopy(model)
+        vars(pruned).pop("tie_weights", None)  # which `removed` has put aside
         settle(pruned, gone, model.num_parameters())
     config: Any = pruned.config
     config.pruned["plan"] = plan.model_dump(mode="json")

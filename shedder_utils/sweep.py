@@ -27,7 +27,7 @@ from .calibration import Calibration
 from .components import Cut
 from .families import Stream, family_of
 from .importance import sequence_losses, to_perplexity
-from .kernels.memory import beside_the_heap
+from .kernels.memory import beside_the_heap, give_back_freed_memory
 from .removal import removed
 
 TOKENS_AT_ONCE = 8192
@@ -88,6 +88,7 @@ class Sweep:
             for number, batch in enumerate(self.calibration.batches):
                 for owner, loss in self._walk(number, batch.to(self.model.device), at):
                     losses[owner].append(loss)
+                give_back_freed_memory()
                 progress.update()
         return [to_perplexity(losses[candidate]) for candidate in candidates]
 

@@ -444,3 +444,16 @@ def test_attention_and_mlp_of_a_position_can_both_go() -> None:
     model = zamba2()
     with removed(model, parse("mha:0", "mlp:0", "ssm:1", "mamba_block:3", "mha:1")):
         assert logits(model).isfinite().all()
+
+
+def test_tying_again_leaves_a_masked_model_as_it_is() -> None:
+    model = random_model(family="zamba2", layers=8, hidden_size=32, seed=0, vocab_size=64)
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    dense = model(ids, use_cache=False).logits
+    for gone in ([(Component("mlp_channels", 1), 32)], [Component("mlp", 1), Component("mha", 0)]):
+        with removed(model, gone):
+            masked = model(ids, use_cache=False).logits
+            model.tie_weights()
+            assert torch.equal(model(ids, use_cache=False).logits, masked)
+    model.tie_weights()
+    assert torch.equal(model(ids, use_cache=False).logits, dense)

@@ -39,3 +39,9 @@ def beside_the_heap(tensor: Tensor) -> Tensor:
         return tensor
     place = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype, count=math.prod(tensor.shape))
     return place.view(tensor.shape).copy_(tensor)
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what the heap keeps and nobody uses: of many sizes, kept blocks can pile up to gigabytes."""
+    if keep_freed_memory():
+        ctypes.CDLL(None).malloc_trim(0)
