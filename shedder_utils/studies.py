@@ -30,7 +30,7 @@ from .pocket.tasks import TASKS, tasks_fingerprint
 from .pocket.tokenizer import load_tokenizer
 from .profiles import Profile, Study
 from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
-from .removal import removed
+from .removal import components, removed
 from .search import search
 from .surgery import extract
 
@@ -132,6 +132,11 @@ def workbenches(
 def dense(bench: Workbench) -> Record:
     """The scores of the model as it is: row 0 of every table."""
     return _scores(bench, DENSE, "scores", [])
+
+
+def without_ssms(bench: Workbench) -> Record:
+    """The scores with every SSM gone: what is left of the tasks for a model that remembers nothing by its state."""
+    return _scores(bench, DENSE, "without_ssms", [Cut(ssm) for ssm in components(bench.model, ["ssm"])])
 
 
 def inventory(bench: Workbench) -> Record:

@@ -45,6 +45,7 @@ from .tasks import TASKS, quick_accuracy
 SIZE = {"vocab_size": 4096, "hidden_size": 96, "num_hidden_layers": 24, "tie_word_embeddings": True,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "layer_norm_epsilon": 1e-5}  # fmt: skip
 STATE_SIZE = 16  # of Mamba-1 and its relatives
+INITIALIZER_RANGE = 0.1  # as Mamba's own: the usual 0.02 leaves the activations of so narrow a model far below 1
 CONFIGS: dict[str, PretrainedConfig] = {
     "pocket-mamba": MambaConfig(**SIZE, state_size=STATE_SIZE),
     "pocket-mamba2": Mamba2Config(**SIZE, state_size=64, num_heads=6, head_dim=32, n_groups=1, chunk_size=64),
@@ -61,6 +62,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_attention_heads=6,
         intermediate_size=400,
         adapter_rank=8,
+        initializer_range=INITIALIZER_RANGE,
         max_position_embeddings=2048,
     ),
     "pocket-hymba": HymbaConfig(
@@ -71,6 +73,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         mamba_d_state=STATE_SIZE,
         num_memory_tokens=16,
         sliding_window=64,
+        initializer_range=INITIALIZER_RANGE,
     ),
 }
 
