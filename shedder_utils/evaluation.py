@@ -1,7 +1,9 @@
 """Evaluation: lm-eval's own numbers, with their standard errors, for a model in memory.
 
-The model runs through lm-eval's `simple_evaluate` and `HFLM`; nothing of the harness is replaced. Which metric of a
-task is a column of the paper's tables stands in a profile (`paper.yaml`, metric_seven).
+The model runs through lm-eval's `evaluate` and `HFLM`; nothing of the harness is replaced. Its `simple_evaluate` would
+read the thousands of task files that come with it and describe the whole machine each time a model is scored, which
+takes longer than scoring a small one. Which metric of a task is a column of the paper's tables stands in a profile
+(`paper.yaml`, metric_seven).
 """
 
 from __future__ import annotations
@@ -10,16 +12,21 @@ import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import hub
 from .errors import DataError
 from .pocket.tasks import TASKS, task_configs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+AS_THE_PAPER: Any = {"add_bos_token": False, "softmax_dtype": "float32"}
+"""No begin token before a prompt, as in lm-eval 0.4.2, which the paper used (`docs/lm_eval_versions.md`): since then
+the tokenizer decides, and Zamba2's and Hymba's would add one. Log-probabilities in float32, whatever the model's."""
 BOOTSTRAP = 1000
 """Resamples behind the standard error of lambada's perplexity; the accuracies' are closed formulas."""
 
@@ -48,17 +55,19 @@ def evaluate(
     """Score a model with lm-eval, zero-shot, on pocket tasks or lm-eval's own.
 
     limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one.
-    Raises DataError for a task that does not exist.
+    Raises DataError for a task that does not exist, or whose data cannot be read.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        results = lm_eval.simple_evaluate(
-            harness, tasks=_resolve(tasks), num_fewshot=0, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
-            verbosity="ERROR",
+    loaded = _loaded(tuple(tasks))
+    with _quick():
+        harness = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **AS_THE_PAPER
         )  # fmt: skip
+        results = lm_eval.evaluate(
+            lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+        )
     return {
         (task, metric): Score(value, _stderr(found[f"{metric}_stderr,none"]), results["n-samples"][task]["effective"])
         for task, found in results["results"].items()
@@ -66,19 +75,38 @@ def evaluate(
     }
 
 
-def _resolve(tasks: Sequence[str]) -> list[str | dict[str, Any]]:
-    """Pocket tasks as configurations with absolute paths, lm-eval's own by name."""
+@cache
+def _loaded(tasks: tuple[str, ...]) -> Any:
+    """Pocket tasks and lm-eval's own as it loads them, zero-shot: once in a process, for all models that are scored."""
     from lm_eval.tasks import TaskManager
 
     own = [task for task in tasks if task not in TASKS]
-    if own:
-        known = TaskManager().all_tasks
-        unknown = [task for task in own if task not in known]
-        if unknown:
-            raise DataError(
-                f"task {unknown[0]!r} does not exist: expected one of {', '.join(TASKS)} or a task of lm-eval"
-            )
-    return [*task_configs(tuple(task for task in tasks if task in TASKS)), *own]
+    manager = _lm_evals() if own else TaskManager(include_defaults=False)
+    unknown = [task for task in own if task not in manager.all_tasks]
+    if unknown:
+        raise DataError(f"task {unknown[0]!r} does not exist: expected one of {', '.join(TASKS)} or a task of lm-eval")
+    loaded = manager.load(list(task_configs(tuple(task for task in tasks if task in TASKS))))
+    for name in own:
+        for part, found in _from_hub(manager, name).items():
+            loaded[part].update(found)
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+@cache
+def _lm_evals() -> Any:
+    """All tasks that come with lm-eval, by name: it reads 14,000 files for that, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _from_hub(manager: Any, name: str) -> Any:
+    """A task of lm-eval, or a group of them, with its data. Raises DataError if the data cannot be read."""
+    source = str((manager.task_index[name].cfg or {}).get("dataset_path", name))
+    with hub.checked(f"task {name}: {source}", source, DataError, "dataset"):
+        return manager.load([name])
 
 
 def _metrics(found: dict[str, Any]) -> list[tuple[str, float]]:
@@ -93,13 +121,20 @@ def _stderr(value: float | str) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval from forking workers for its bootstrap: a thousand resamples take less than starting them."""
+def _quick() -> Iterator[None]:
+    """Keep lm-eval from starting workers for its bootstrap, and from compiling the templates of a task for every item.
+
+    For a small model either takes about as long as the scoring. The numbers are the same.
+    """
+    from lm_eval.utils import env
+
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
+    env.from_string = cache(env.from_string)
     try:
         yield
     finally:
+        del env.from_string
         if before is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

@@ -102,6 +102,11 @@ class Record(Request):
     inputs: str
 
 
+def checksum(record: Record) -> str:
+    """sha256 of all that a record says: the checksum in its file."""
+    return _sha256(json.loads(record.model_dump_json(by_alias=True)))
+
+
 def path(root: str | Path, profile: str, study: str, model: str, setting: str) -> Path:
     """Where a record lies under `results/` or `runs/`."""
     return Path(root, profile, study, model, f"{setting}.json")

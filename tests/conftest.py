@@ -1,8 +1,11 @@
-"""Shared fixtures: small random models of every covered architecture, and a little calibration data."""
+"""Shared fixtures: small random models of every covered architecture, a little calibration data, one run of smoke."""
 
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +57,13 @@ def calibration() -> Calibration:
     """Seven random sequences of 24 tokens, in batches of three, three and one."""
     ids = torch.randint(0, 97, (7, 24), generator=torch.Generator().manual_seed(1))
     return Calibration(list(ids.split(3)))
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The whole smoke profile, run once from the command line: the folder it wrote to and the files it named."""
+    output = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, "-m", "shedder_utils", "run", "--profile", "smoke", "--output", str(output)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return output, [Path(line) for line in finished.stdout.splitlines()]

@@ -50,21 +50,44 @@ def test_links_lead_somewhere(file: Path) -> None:
         assert (file.parent / link).exists(), link
 
 
-def test_all_run_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shedder_utils", "run", "--profile", "smoke", "--output", str(tmp_path)]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr[-2000:]
-    shown = [Path(line) for line in first.stdout.split()]
+def test_all_run_and_leave_tables_figures_and_themselves(smoke_run: tuple[Path, list[Path]]) -> None:
+    output, shown = smoke_run
     assert {path.name for path in shown} >= {
         "table_1.md", "table_1.csv", "table_1.tex", "table_2.md", "figure_2.png",
         "figure_3.pdf", "figure_4.png", "claims.md",
     }  # fmt: skip
     assert all(path.stat().st_size for path in shown)
-    assert len(list((tmp_path / "notebooks" / "smoke").glob("*.ipynb"))) == len(FILES)
-    before = {path: path.read_bytes() for path in [*shown, *tmp_path.glob("smoke/**/*.json")]}
-    report = subprocess.run([*command[:3], "report", *command[4:]], capture_output=True, text=True)
-    assert report.stdout == first.stdout
+    assert len(list((output / "notebooks" / "smoke").glob("*.ipynb"))) == len(FILES)
+
+
+def test_a_report_from_the_same_records_is_the_same(smoke_run: tuple[Path, list[Path]]) -> None:
+    output, shown = smoke_run
+    before = {path: path.read_bytes() for path in [*shown, *output.glob("smoke/**/*.json")]}
+    command = [sys.executable, "-m", "shedder_utils", "report", "--profile", "smoke", "--output", str(output)]
+    report = subprocess.run(command, capture_output=True, text=True)
+    assert report.stdout == "".join(f"{path}\n" for path in shown)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_second_run_executes_nothing(
+    smoke_run: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, shown = smoke_run
+    monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("ran again"))
+    assert notebooks.run("smoke", output=output) == shown
+    assert "Nothing to do" in capsys.readouterr().err
+
+
+def test_notebooks_share_a_process_but_no_names(tmp_path: Path) -> None:
+    sources = {"first": "import wave; left = 1", "second": "import sys; ('left' in globals(), 'wave' in sys.modules)"}
+    with notebooks._kernel() as kernel:
+        for name, source in sources.items():
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+            nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+            notebooks.execute(tmp_path / f"{name}.ipynb", tmp_path / "executed" / f"{name}.ipynb", {}, kernel)
+    cell = nbformat.read(tmp_path / "executed" / "second.ipynb", as_version=4).cells[0]
+    assert cell.execution_count == 1
+    assert cell.outputs[0]["data"]["text/plain"] == "(False, True)"
 
 
 def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import profiles
 from ..files import in_project
 from ..profiles import Profile
-from . import claims, figures, hyperparameters, origin, speed, tables
+from . import claims, figures, hyperparameters, origin, recovery, recovery_curves, speed, speedups, tables
 from .evidence import Verdict, Verdicts
 from .figures import Drawing
 from .rendering import Table
@@ -22,34 +22,43 @@ __all__ = ["Drawing", "Table", "Verdict", "Verdicts", "build", "figure", "proven
 
 
 def table(
-    number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs", recorded: str | Path = "results"
+    number: int | str,
+    profile: str | Path | Profile = "pocket",
+    root: str | Path = "runs",
+    recorded: str | Path = "results",
 ) -> Table:
     """Tables 1 to 5 (scores of pruned models): the paper, the records under `recorded`, and those under `root`.
 
-    6 to 9 (speed of pruned models) likewise. Table 13 has the paper's hyperparameters and the profile's.
+    6 to 9 (speed of pruned models) likewise, and further ones of the profile by name; "freed" is what removal frees of
+    each of them. 10 to 12: recovery tuning. Table 13 has the paper's hyperparameters and the profile's.
 
     Raises DataError for a table that the profile's studies do not fill.
     """
     settings = _settings(profile)
     if number == 13:
         return hyperparameters.table(settings)
-    if number in range(6, 10):
+    if number == "freed":
+        return speedups.freed(Runs(settings, root))
+    if number in range(10, 13):
+        return recovery.table(int(number), Runs(settings, root), Runs(settings, recorded))
+    if number in range(6, 10) or isinstance(number, str):
         return speed.table(number, Runs(settings, root), Runs(settings, recorded))
     return tables.pruning_table(number, Runs(settings, root), Runs(settings, recorded))
 
 
-def figure(number: int, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
-    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs) or 4 (calibration perplexity).
+def figure(number: int | str, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
+    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs), 4 (calibration perplexity) "speedup" or "recovery".
 
     Its `.figure` is matplotlib's. Raises DataError for a figure that the profile's studies do not fill.
     """
-    return figures.draw(number, Runs(_settings(profile), root))
+    runs = Runs(_settings(profile), root)
+    return recovery_curves.draw(runs) if number == "recovery" else figures.draw(number, runs)
 
 
 def verdicts(
     ids: Sequence[str] | None = None, profile: str | Path | Profile = "pocket", root: str | Path = "runs"
 ) -> Verdicts:
-    """The verdicts on some of the paper's claims, such as ["C1"], or on all that have a test."""
+    """The verdicts on some of the paper's claims, such as ["C1"], or on all."""
     return claims.judge(Runs(_settings(profile), root), ids)
 
 
@@ -73,10 +82,13 @@ def build(
     theirs = Runs(settings, recorded)
     target = in_project(Path(root, "figures", settings.name) if folder is None else folder)
     shown: list[Table | Drawing | Verdicts] = [
-        *(tables.pruning_table(number, yours, theirs) for number in tables.available(settings)),
-        *(speed.table(number, yours, theirs) for number in speed.available(settings)),
+        *(tables.pruning_table(number, yours.fresh(), theirs.fresh()) for number in tables.available(settings)),
+        *(speed.table(number, yours.fresh(), theirs.fresh()) for number in speed.available(settings)),
+        *([speedups.freed(yours.fresh())] if speed.available(settings) else []),
+        *(recovery.table(number, yours.fresh(), theirs.fresh()) for number in recovery.available(settings)),
         hyperparameters.table(settings),
         *(figures.draw(number, yours) for number in figures.available(yours)),
+        *([recovery_curves.draw(yours)] if settings.recovery else []),
         claims.judge(yours),
     ]
     return [path for item in shown for path in item.save(target)]

@@ -1,18 +1,20 @@
-"""Verdicts: whether the records bear out what the paper says in words (all but C11 so far).
+"""Verdicts: whether the records bear out what the paper says in words .
 
 Each claim has a function in `CHECKS`. Those here compare two models after the same share of removals; those in
-`granularities.py` compare states of one model, and those in `speed.py` times.
+`granularities.py` and `recovery.py` compare states of one model, and those in `speed.py` times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from .. import paper
 from ..errors import DataError
 from ..profiles import Profile
 from ..records import Metric
-from . import granularities, speed
+from . import granularities, recovery, speed
+from .criteria import CRITERIA
 from .evidence import Z95, Advantage, Verdict, Verdicts, exp, failed, lead, logarithm, untrained, weak, weigh
 from .runs import BLOCKS, SSMS, Runs
 from .tables import WHAT, paper_values
@@ -21,14 +23,21 @@ MAMBA1, MAMBA2, ZAMBA2 = "mamba-2.8b", "mamba2-2.7b", "zamba2-2.7b"
 
 
 def judge(runs: Runs, ids: Iterable[str] | None = None) -> Verdicts:
-    """The verdicts on some claims, or on all that there is a test for. Raises DataError for a claim the paper lacks."""
+    """The verdicts on some claims, or on all. Raises DataError for a claim the paper lacks."""
     texts = {claim.id: claim.text for claim in paper.claims()}
-    wanted = list(CHECKS if ids is None else ids)
+    wanted = list(texts if ids is None else ids)
     unknown = [name for name in wanted if name not in texts]
     if unknown:
         raise DataError(f"claim {unknown[0]!r} is none of the paper's: expected one of {', '.join(texts)}")
     title = f"What the paper claims, and what these records show ({runs.profile.title})"
-    return Verdicts(tuple(CHECKS.get(name, _untested)(runs, name, texts[name]) for name in wanted), title)
+    return Verdicts(tuple(_judge(runs.fresh(), name, texts[name]) for name in wanted), title)
+
+
+def _judge(runs: Runs, name: str, text: str) -> Verdict:
+    """The verdict on one claim, with its test in words and the records that the check read."""
+    verdict = CHECKS.get(name, _untested)(runs, name, text)
+    test, notebook = CRITERIA[name]
+    return replace(verdict, test=test, notebook=notebook, records=runs.given)
 
 
 def _untested(_: Runs, name: str, text: str) -> Verdict:
@@ -100,7 +109,7 @@ def crossover(runs: Runs, name: str, text: str) -> Verdict:
 
 CHECKS: dict[str, Callable[[Runs, str, str], Verdict]] = {
     "C1": block_tolerance, "C2": ssm_tolerance, **granularities.CHECKS, **dict.fromkeys(speed.CLAIMS, speed.faster),
-    "C12": crossover,
+    "C11": recovery.restored, "C12": crossover,
 }  # fmt: skip
 """The test of each claim, called with the records, the claim's id and its text."""
 

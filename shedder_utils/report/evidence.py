@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from ..files import write_atomically
+import pandas as pd
+
 from ..profiles import Profile
-from ..records import Metric
-from .rendering import DASH, markdown
+from ..records import Metric, Record
+from .rendering import DASH, markdown, place, save, sidecar
 from .runs import error_of
 
 Z95 = 1.96
@@ -50,23 +51,35 @@ class Advantage:
         return "against" if self.high < self.neutral else "open"
 
     def __str__(self) -> str:
-        interval = "" if self.low == self.high else f" [{self._text(self.low)}, {self._text(self.high)}]"
-        reported = "" if self.paper is None else f" (paper {self._text(self.paper)})"
-        return f"{self.n_removed} removed {self._text(self.value)}{interval}{reported}"
+        reported = "" if self.paper is None else f" (paper {self.text(self.paper)})"
+        return f"{self.n_removed} removed {self.with_interval}{reported}"
 
-    def _text(self, value: float) -> str:
+    @property
+    def with_interval(self) -> str:
+        """The value, with its interval where it has one."""
+        interval = "" if self.low == self.high else f" [{self.text(self.low)}, {self.text(self.high)}]"
+        return f"{self.text(self.value)}{interval}"
+
+    def text(self, value: float) -> str:
+        """A value as it is shown: a factor, or a difference with its sign."""
         return f"×{value:.2f}" if self.neutral == 1 else f"{value:+.1f}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the records say about a claim: the verdict, the numbers behind it, and why in one sentence."""
+    """What the records say about a claim: the verdict, the numbers behind it, and why in one sentence.
+
+    test: what was compared and which outcome counts as what; notebook: where it is told; records: what was read.
+    """
 
     id: str
     text: str
     verdict: Outcome
     why: str
     numbers: tuple[Advantage, ...] = ()
+    test: str = ""
+    notebook: str = ""
+    records: tuple[Record, ...] = field(default=(), repr=False)
 
     @property
     def summary(self) -> list[str]:
@@ -83,25 +96,49 @@ class Verdicts:
     title: str
 
     def to_markdown(self) -> str:
-        """A table with id, claim, verdict, why and numbers."""
+        """A table with id, claim, verdict, why, numbers, the test and the notebook that tells of it."""
+        header = ("Id", "Claim", "Verdict", "Why", "Numbers", "Test", "Notebook")
         rows = [
-            (item.id, item.text, f"**{item.verdict}**", item.why, "<br>".join(item.summary) or DASH)
+            (item.id, item.text, f"**{item.verdict}**", item.why, "<br>".join(item.summary) or DASH, item.test,
+             item.notebook or DASH)
             for item in self.items
-        ]
+        ]  # fmt: skip
         note = (
             "Above 0 (differences) or ×1 (ratios) speaks for the claim. Brackets: 95 % intervals; they cover the "
             "choice of items, not of training runs, of which there is one for each model."
         )
-        return f"**{self.title}**\n\n{markdown(('Id', 'Claim', 'Verdict', 'Why', 'Numbers'), rows)}\n{note}\n"
+        return f"**{self.title}**\n\n{markdown(header, rows)}\n{note}\n"
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One line for each number: id, verdict, measure, removed, value, low, high, neutral, paper, outcome."""
+        lines = [
+            (item.id, item.verdict, one.measure, one.n_removed, one.value, one.low, one.high, one.neutral, one.paper,
+             one.outcome)
+            for item in self.items
+            for one in item.numbers
+        ]  # fmt: skip
+        names = ["id", "verdict", "measure", "removed", "value", "low", "high", "neutral", "paper", "outcome"]
+        return pd.DataFrame(lines, columns=names)
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write claims.md. Raises RecordError where it cannot be stored."""
-        path = Path(folder, "claims.md")
-        write_atomically(path, self.to_markdown())
-        return [path]
+        """Write claims.md, claims.csv (the numbers) and claims.json (the records behind each verdict).
+
+        Raises RecordError where they cannot be stored.
+        """
+        found = {place(record): record for item in self.items for record in item.records}
+        about = [
+            {"id": item.id, "verdict": item.verdict, "records": list(map(place, item.records))} for item in self.items
+        ]
+        texts = {
+            "md": self.to_markdown(),
+            "csv": self.frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+            "json": sidecar({"caption": self.title, "verdicts": about}, [found[name] for name in sorted(found)]),
+        }
+        return save(texts, folder, "claims")
 
 
 def weigh(profile: Profile, name: str, text: str, numbers: tuple[Advantage, ...], absent: list[str]) -> Verdict:

@@ -7,19 +7,18 @@ different depth compare. Bars are one standard error.
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import paper, records
+from .. import paper
 from ..errors import DataError
-from ..files import write_atomically
 from ..records import Record
-from . import overview
+from . import overview, speedups
+from .rendering import save, sidecar
 from .runs import BLOCKS, SSMS, Runs, error_of
 from .tables import WHAT, models
 
@@ -60,25 +59,23 @@ class Drawing:
     name: str
     figure: Figure
     caption: str
-    records: tuple[Record, ...]
+    records: tuple[Record, ...] = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with _style():
+        with style():
             self.figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
         return buffer.getvalue()
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write NAME.png, NAME.pdf and NAME.json, the list of the records drawn. Same records, same bytes."""
-        png, pdf, sidecar = (Path(folder, f"{self.name}.{ending}") for ending in ("png", "pdf", "json"))
+        png, pdf = (Path(folder, f"{self.name}.{ending}") for ending in ("png", "pdf"))
         png.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
+        with style():
             self.figure.savefig(png, metadata={"Software": None})
             self.figure.savefig(pdf, metadata={"Creator": None, "Producer": None, "CreationDate": None})
-        drawn = [{"record": _place(record), "inputs": record.inputs} for record in self.records]
-        content = {"figure": self.name, "caption": self.caption, "records": drawn}
-        write_atomically(sidecar, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        return [png, pdf, sidecar]
+        texts = {"json": sidecar({"figure": self.name, "caption": self.caption}, self.records)}
+        return [png, pdf, *save(texts, folder, self.name)]
 
 
 @dataclass(frozen=True)
@@ -90,24 +87,24 @@ class Curve:
     error: list[float]
 
 
-def available(runs: Runs) -> list[int]:
-    """The numbers of the figures that a profile's studies fill."""
+def available(runs: Runs) -> list[int | str]:
+    """The figures that a profile's studies fill: the paper's by number, and "speedup"."""
     needs = {number: {table} for number, table in TABLES.items()} | {4: set(TABLES.values())}
-    return [1, *(number for number, tables in needs.items() if all(map(runs.studies, tables)))]
+    filled = [number for number, tables in needs.items() if all(map(runs.studies, tables))]
+    return [1, *filled, *(["speedup"] if runs.profile.speed else [])]
 
 
-def draw(number: int, runs: Runs) -> Drawing:
-    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs) or 4 (Mamba-1 against Mamba-2).
+def draw(number: int | str, runs: Runs) -> Drawing:
+    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs), 4 (Mamba-1 against Mamba-2) or "speedup".
 
-    Raises DataError for another number.
+    Raises DataError for another.
     """
     if number not in available(runs):
         expected = ", ".join(map(str, available(runs))) or "none"
         raise DataError(f"figure {number}: expected one of {expected} with profile {runs.profile.name}")
-    with _style():
-        if number == 1:
-            return _overview(runs)
-        return _calibration_figure(runs) if number == 4 else _pruning_figure(number, runs)
+    with style():
+        whole = {1: _overview, 4: _calibration_figure, "speedup": _speedup_figure}
+        return whole[number](runs) if number in whole else _pruning_figure(int(number), runs)
 
 
 def _overview(runs: Runs) -> Drawing:
@@ -117,6 +114,16 @@ def _overview(runs: Runs) -> Drawing:
         "share of the model's parameters that nothing reads any more when one of them is gone."
     )
     return Drawing("figure_1", figure, caption, drawn)
+
+
+def _speedup_figure(runs: Runs) -> Drawing:
+    figure, drawn = speedups.draw(runs.fresh(), PAGE, _look)
+    caption = (
+        "Speedup of pruned models against the share of the dense model's work that is gone: arithmetic in prefill, "
+        "memory traffic in decode. Dashed: the ideal, 1 / (1 - share). Bars: 95 % intervals. A small model on a CPU "
+        "spends its time between the operations, which go with their layer, so it can lie above the line."
+    )
+    return Drawing("figure_speedup", figure, caption, drawn)
 
 
 def _pruning_figure(number: int, runs: Runs) -> Drawing:
@@ -261,13 +268,8 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _place(record: Record) -> str:
-    """Where a record lies under its root."""
-    return records.path("", record.profile, record.study, record.model.name, record.setting).as_posix()
-
-
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Everything drawn and saved inside has the project's style, and none of the user's."""
     from matplotlib import style
 

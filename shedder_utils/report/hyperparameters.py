@@ -32,11 +32,31 @@ def _rows(profile: Profile) -> Iterator[tuple[str, str, str]]:
     yield "Calibration seed", "42", str(ours.seed)
     yield "Importance metric", theirs["importance_metric"], "perplexity"
     yield "MLP channels removed at a time", _text(theirs["mlp_channel_group_size"]), _groups(profile)
-    for setting in ("dataset", "max_length", "held_out", "warmup_steps", "optimizer"):
-        yield f"Recovery: {setting.replace('_', ' ')}", _text(recovery[setting]), DASH
+    yield from _recovery(profile, recovery)
+
+
+def _recovery(profile: Profile, theirs: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The recipes of the profile's models, under those of the paper's that they stand for."""
+    tables = profile.recovery.tables.values() if profile.recovery else ()
+    recipes = {profile.models[table.model].paper: table.recipe.settings for table in tables}
+    yield "Recovery: dataset", theirs["dataset"], profile.recovery.source if profile.recovery else DASH
+    for setting in ("max_length", "held_out", "warmup_steps"):
+        found = dict.fromkeys(str(recipe[setting]) for recipe in recipes.values())
+        yield f"Recovery: {setting.replace('_', ' ')}", _text(theirs[setting]), ", ".join(found) or DASH
+    yield "Recovery: optimizer", theirs["optimizer"], "adamw" if recipes else DASH
+    on = _text({model: recipe["loss_on"] for model, recipe in recipes.items()})
+    yield "Recovery: tokens in the loss", theirs["prompt_tokens_in_loss"], on or DASH
     for model in paper.models():
-        if model in recovery:
-            yield f"Recovery of {model}", _text(recovery[model]), DASH
+        if model in theirs:
+            ours = _text(_own(recipes[model])) if model in recipes else DASH
+            yield f"Recovery of {model}", _text(theirs[model]), ours
+
+
+def _own(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe that no row has for all models; steps, where set, stand for epochs."""
+    elsewhere = {"max_length", "held_out", "warmup_steps", "loss_on", "seed", "evaluate_every", "weight_decay"}
+    elsewhere |= {"epochs"} if "steps" in recipe else set()
+    return {name: value for name, value in recipe.items() if name not in elsewhere}
 
 
 def _groups(profile: Profile) -> str:

@@ -1,14 +1,21 @@
-"""Tables as text: Markdown for notebooks and GitHub, LaTeX for papers, CSV for everything else."""
+"""Tables as text: Markdown for notebooks and GitHub, LaTeX for papers, CSV for everything else.
+
+Beside everything that is shown lies a sidecar, a JSON file that names the records behind it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from .. import records
 from ..files import write_atomically
+from ..records import Record
 
 DASH = "–"
 _LATEX = str.maketrans({
@@ -22,7 +29,8 @@ _LATEX = str.maketrans({
 class Table:
     """A table to look at (header and rows of text) with the numbers behind it (`frame`, one line for each of them).
 
-    name: of its files, such as "table_1"; title and note: plain text above and below it.
+    name: of its files, such as "table_1"; title and note: plain text above and below it; records, recorded: those
+    behind your numbers, and behind the recorded ones.
     """
 
     name: str
@@ -31,6 +39,8 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     frame: pd.DataFrame
+    records: tuple[Record, ...] = field(default=(), repr=False)  # a notebook keeps the repr
+    recorded: tuple[Record, ...] = field(default=(), repr=False)
 
     def to_markdown(self) -> str:
         """Title, table and note."""
@@ -51,16 +61,41 @@ class Table:
         return self.to_markdown()
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write NAME.md, NAME.csv (the numbers) and NAME.tex. Raises RecordError where they cannot be stored."""
+        """Write NAME.md, NAME.csv (the numbers), NAME.tex and NAME.json (the records behind them).
+
+        Raises RecordError where they cannot be stored.
+        """
+        sources = f"\nRecords: {', '.join(map(place, self.records))}.\n" if self.records else ""
         texts = {
-            "md": self.to_markdown(),
+            "md": self.to_markdown() + sources,
             "csv": self.frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
             "tex": self.to_latex(),
+            "json": sidecar({"table": self.name, "caption": self.title}, self.records, recorded=self.recorded),
         }
-        paths = [Path(folder, f"{self.name}.{ending}") for ending in texts]
-        for path, text in zip(paths, texts.values(), strict=True):
-            write_atomically(path, text)
-        return paths
+        return save(texts, folder, self.name)
+
+
+def save(texts: dict[str, str], folder: str | Path, name: str) -> list[Path]:
+    """Write texts, by the endings of their files. Raises RecordError where they cannot be stored."""
+    paths = [Path(folder, f"{name}.{ending}") for ending in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_atomically(path, text)
+    return paths
+
+
+def sidecar(about: dict[str, Any], shown: Iterable[Record], **more: Iterable[Record]) -> str:
+    """The text of a sidecar: what it is about, then the places, inputs and checksums of the records shown."""
+    lists = {name: [_source(record) for record in found] for name, found in {"records": shown, **more}.items()}
+    return json.dumps({**about, **lists}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _source(record: Record) -> dict[str, str]:
+    return {"record": place(record), "inputs": record.inputs, "checksum": records.checksum(record)}
+
+
+def place(record: Record) -> str:
+    """Where a record lies under its root."""
+    return records.path("", record.profile, record.study, record.model.name, record.setting).as_posix()
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,40 +17,66 @@ from ..profiles import Profile
 from ..records import Metric, Record
 
 BLOCKS, SSMS = "block_pruning", "ssm_pruning"
+Place = tuple[str, str, str]
+"""Study, model and setting of a record."""
 
 
 class Runs:
     """The records of one profile under one root, `runs` or `results`; a root that does not exist has none.
 
-    Raises RecordError for a broken record.
+    Whatever it gives out it remembers, so that a table or verdict can name the records behind it. Raises RecordError
+    for a broken record.
     """
 
     def __init__(self, profile: Profile, root: str | Path) -> None:
         self.profile, self.root = profile, in_project(root)
         found = records.find(self.root, profile=profile.name)
         self._records = {(record.study, record.model.name, record.setting): record for record in found}
+        self._given: dict[Place, Record] = {}
+
+    def fresh(self) -> Runs:
+        """The same records, none of them given out yet."""
+        other = copy(self)
+        other._given = {}
+        return other
+
+    @property
+    def given(self) -> tuple[Record, ...]:
+        """The records given out so far, in order of their places."""
+        return tuple(self._given[place] for place in sorted(self._given))
 
     def studies(self, table: int) -> list[str]:
         """The studies of the profile that fill a table of the paper."""
         return [name for name, study in self.profile.studies.items() if study.table == table]
 
+    def all(self) -> tuple[Record, ...]:
+        """Every record, in order of their places."""
+        return tuple(self._records.values())
+
     def of(self, study: str, model: str) -> list[Record]:
         """The records of a study of a model, in order of their settings."""
-        return [record for place, record in self._records.items() if place[:2] == (study, model)]
+        found = [record for place, record in self._records.items() if place[:2] == (study, model)]
+        return [record for record in map(self._give, found) if record]
+
+    def at(self, study: str, model: str, setting: str) -> Record | None:
+        """The record at a place."""
+        return self._give(self._records.get((study, model, setting)))
 
     def search(self, study: str, model: str) -> Record | None:
         """The record of a study's search."""
-        return self._records.get((study, model, "search"))
+        return self.at(study, model, "search")
 
     def plan(self, study: str, model: str) -> Plan | None:
         """The removals that a study's search found. Raises RecordError for a record that holds none."""
-        record = self.search(study, model)
+        return self._plan(self.search(study, model))
+
+    def _plan(self, record: Record | None) -> Plan | None:
         if record is None:
             return None
         try:
             return Plan.model_validate(record.plan)
         except (ValidationError, PlanError) as error:
-            file = records.path(self.root, record.profile, study, model, record.setting)
+            file = records.path(self.root, record.profile, record.study, record.model.name, record.setting)
             raise RecordError(f"{file}: expected the plan of a search, found none; delete it and run again") from error
 
     def curve(self, study: str, model: str) -> list[float]:
@@ -63,13 +90,14 @@ class Runs:
         Scores of other weights or another order than the search's are left over from an earlier run and do not count.
         """
         if n_removed == 0:
-            return self._records.get(("dense", model, "scores"))
+            return self.at("dense", model, "scores")
         plan, search = self.plan(study, model), self.search(study, model)
         if plan is None or search is None or len(plan) < n_removed:
             return None
         gone = tuple(map(str, plan.first(n_removed).gone))
-        same = [run for run in self.of(study, model) if run.model.fingerprint == search.model.fingerprint]
-        return next((run for run in same if run.model.removals == gone), None)
+        runs = [record for place, record in self._records.items() if place[:2] == (study, model)]
+        same = [run for run in runs if run.model.fingerprint == search.model.fingerprint]
+        return self._give(next((run for run in same if run.model.removals == gone), None))
 
     def scores(self, study: str, model: str, n_removed: int) -> dict[str, Metric]:
         """The scores of `evaluated` by column of the paper: perplexity, and accuracies with their average in points.
@@ -77,7 +105,7 @@ class Runs:
         A column that was not measured is left out, and the average with it.
         """
         record = self.evaluated(study, model, n_removed)
-        return {} if record is None else _by_column(record, self.profile)
+        return {} if record is None else by_column(record, self.profile)
 
     def dense(self, model: str) -> dict[str, Metric]:
         """The scores of the dense model."""
@@ -85,15 +113,21 @@ class Runs:
 
     def layers(self, model: str) -> int | None:
         """How many layers the dense model has, as far as a search or the profile says."""
-        plans = [self.plan(study, model) for study in self.profile.studies]
+        plans = [self._plan(self._records.get((study, model, "search"))) for study in self.profile.studies]
         settings = self.profile.models[model].random
         return next((int(plan.model["layers"]) for plan in plans if plan), settings.layers if settings else None)
 
+    def _give(self, record: Record | None) -> Record | None:
+        if record is not None:
+            self._given[record.study, record.model.name, record.setting] = record
+        return record
 
-def _by_column(record: Record, profile: Profile) -> dict[str, Metric]:
+
+def by_column(record: Record, profile: Profile) -> dict[str, Metric]:
+    """The scores of a record by column of the paper: see `Runs.scores`."""
     found: dict[str, Metric] = {}
     for column in profile.evaluation.tasks:
-        metric = record.metrics.get(f"{column.task}/{column.metric}")
+        metric = record.metrics.get(f"{column.task}/{profile.metric_of(record.model.name, column)}")
         if metric is not None:
             found[column.column] = metric if column.metric == "perplexity" else _points(metric)
     accuracies = [found[name] for name in profile.evaluation.accuracies if name in found]

@@ -30,7 +30,7 @@ HEADINGS = {
 }  # fmt: skip
 NOTE = (
     "Accuracies and their average in points, ± one standard error; ratio: share of the parameters removed. "
-    f"{DASH}: not reported, not run. Verdict: yours against recorded."
+    f"{DASH}: not reported, not run. Difference: yours less recorded, and the verdict on it."
 )
 Values = Mapping[str, Metric]
 
@@ -103,7 +103,7 @@ def models(number: int, profile: Profile) -> dict[str, str]:
 def pruning_table(number: int, yours: Runs, recorded: Runs) -> Table:
     """Table 1 (Mamba blocks), 2 (SSMs), 3 (granularities of Zamba2), 4 (Hymba) or 5 (Falcon-Mamba).
 
-    Each of the paper's rows has three lines. The frame has one line for each cell: model, target, pruned, of,
+    Each of the paper's rows has four lines. The frame has one line for each cell: model, target, pruned, of,
     stands_for, column, paper, recorded, recorded_stderr, yours, yours_stderr, difference, verdict. Raises DataError for
     another number, and if the profile lacks the studies.
     """
@@ -114,7 +114,7 @@ def pruning_table(number: int, yours: Runs, recorded: Runs) -> Table:
     header = ("Model", "Removed", "Source", *columns, "Verdict")
     title = f"Table {number}. Training-free removal of {WHAT[number]}: paper, recorded, yours ({yours.profile.title})"
     rows = tuple(row for line in lines for row in _wide(number, line))
-    return Table(f"table_{number}", title, NOTE, header, rows, _tidy(lines))
+    return Table(f"table_{number}", title, NOTE, header, rows, _tidy(lines), yours.given, recorded.given)
 
 
 def available(profile: Profile) -> list[int]:
@@ -203,7 +203,7 @@ def _tidy(lines: list[Line]) -> pd.DataFrame:
 
 
 def _wide(number: int, line: Line) -> Iterator[tuple[str, ...]]:
-    """The three lines of a row: paper, recorded, yours."""
+    """The four lines of a row: paper, recorded, yours, difference."""
     blocks = paper.models()[line.paper_model]["blocks"]
     paper_count, count = f"{line.stands_for:g} of {blocks}", f"{line.n_removed} of {line.layers or DASH}"
     if number == 3:
@@ -212,11 +212,19 @@ def _wide(number: int, line: Line) -> Iterator[tuple[str, ...]]:
         paper_count, count = f"{line.target}: {paper_count}", f"{line.target}: {count}"
     reported = (DASH if cell.paper is None else f"{cell.paper:.{cell.digits}f}" for cell in line.cells)
     yield (line.paper_model, paper_count, "paper", *reported, "")
-    yield (line.model, count, "recorded", *(_text(cell.recorded, cell.digits) for cell in line.cells), "")
-    yield (line.model, count, "yours", *(_text(cell.yours, cell.digits) for cell in line.cells), line.verdict)
+    yield (line.model, count, "recorded", *(text_of(cell.recorded, cell.digits) for cell in line.cells), "")
+    yield (line.model, count, "yours", *(text_of(cell.yours, cell.digits) for cell in line.cells), "")
+    yield (line.model, count, "difference", *map(difference_of, line.cells), line.verdict)
 
 
-def _text(metric: Metric | None, digits: int) -> str:
+def difference_of(cell: Cell) -> str:
+    """Yours less recorded; an infinity less itself is none."""
+    if cell.difference is None or math.isnan(cell.difference):
+        return DASH
+    return f"{cell.difference:+.{cell.digits}f}"
+
+
+def text_of(metric: Metric | None, digits: int) -> str:
     """A measured number, with its standard error where it has one."""
     if metric is None:
         return DASH

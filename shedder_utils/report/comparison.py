@@ -1,0 +1,120 @@
+"""Yours against recorded: whether two records of one run agree, and if not, which input differs first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ..plan import Plan
+from ..records import Metric, Record
+from .runs import error_of
+
+ROUNDING = {"float32": 2e-5, "float64": 2e-12}
+"""By how much of them two tied scores may differ on two machines: twice what `search` calls a tie."""
+HALF = 1e-2
+"""The same for half precision."""
+SAME = 1e-4
+"""By how much of it a number without standard error may differ between machines."""
+TIMES = ("/seconds", "/low", "/high", "/peak_mib")
+"""Endings of metrics that are no result of their own: what one machine took, and the ends of intervals."""
+
+
+def inputs(yours: Record, recorded: Record) -> Iterator[str]:
+    """What differs in what the two were made from, causes first: model, settings, data, removals, versions, machine."""
+    for part in ("fingerprint", "dtype", "revision"):
+        yield from _differ(f"model {part}", getattr(yours.model, part), getattr(recorded.model, part))
+    yield from _settings("setting ", yours.spec, recorded.spec)
+    for role in sorted({*yours.data, *recorded.data}):
+        ours, theirs = (record.data[role].fingerprint if role in record.data else None for record in (yours, recorded))
+        yield from _differ(f"data fingerprint of {role}", ours, theirs)
+    yield from _differ("removals", " ".join(yours.model.removals), " ".join(recorded.model.removals))
+    machine, other = yours.environment.model_dump(), recorded.environment.model_dump()
+    for name in machine:
+        label = "" if name in ("scan", "device", "cpu", "threads") else "version of "
+        yield from _differ(f"{label}{name}", machine[name], other[name])
+    yield from _differ("commit", yours.code.commit, recorded.code.commit)
+
+
+def _differ(what: str, ours: object, theirs: object) -> Iterator[str]:
+    if ours != theirs:
+        yield f"{what}: {_short(ours)} here, {_short(theirs)} recorded"
+
+
+def _short(value: object) -> str:
+    text = "none" if value in (None, "") else str(value)
+    return text if len(text) <= 60 else f"{text[:12]}..."
+
+
+def _settings(prefix: str, ours: Any, theirs: Any) -> Iterator[str]:
+    """The settings that differ, by their place."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in dict.fromkeys((*theirs, *ours)):
+            separator = "" if prefix.endswith(" ") else "."
+            yield from _settings(f"{prefix}{separator}{key}", ours.get(key), theirs.get(key))
+    else:
+        yield from _differ(prefix, ours, theirs)
+
+
+def numbers(yours: Record, recorded: Record) -> Iterator[str]:
+    """The results that differ by more than chance and rounding explain; one of them is missing: also that."""
+    for name in dict.fromkeys((*recorded.metrics, *yours.metrics)):
+        ours, theirs = yours.metrics.get(name), recorded.metrics.get(name)
+        if ours is None or theirs is None:
+            yield f"{name} is {'not here' if ours is None else 'not recorded'}"
+        elif name.endswith("/speedup"):
+            if not _meet(name, yours, recorded):
+                yield f"{name}: {ours.value:.2f} here, {theirs.value:.2f} recorded, and their intervals do not meet"
+        elif not name.endswith(TIMES) and not _agree(ours, theirs):
+            yield f"{name}: {ours.value:.6g} here, {theirs.value:.6g} recorded"
+    yield from _scores(yours, recorded)
+
+
+def _meet(name: str, yours: Record, recorded: Record) -> bool:
+    """Whether the intervals of a speedup in two records have a value in common."""
+    (low, high), (other_low, other_high) = (
+        [record.metrics[name.replace("/speedup", end)].value for end in ("/low", "/high")]
+        for record in (yours, recorded)
+    )
+    return low <= other_high and other_low <= high
+
+
+def _agree(ours: Metric, theirs: Metric) -> bool:
+    """Equal, or within two standard errors of the recorded number, or within rounding where it has none."""
+    if ours.value == theirs.value or (math.isnan(ours.value) and math.isnan(theirs.value)):
+        return True
+    error = error_of(theirs)
+    allowed = SAME * abs(theirs.value) if math.isnan(error) else 2 * error
+    return abs(ours.value - theirs.value) <= allowed
+
+
+def _scores(yours: Record, recorded: Record) -> Iterator[str]:
+    """The first score of two searches with one order that differs beyond rounding."""
+    if yours.plan is None or recorded.plan is None:
+        return
+    plans = [Plan.model_validate(record.plan) for record in (yours, recorded)]
+    if plans[0].components != plans[1].components:
+        return
+    for n, (ours, theirs) in enumerate(zip(plans[0].scores, plans[1].scores, strict=True)):
+        if ours is not None and theirs is not None and not math.isclose(ours, theirs, rel_tol=SAME):
+            yield f"score after {n} removals: {ours:.6g} here, {theirs:.6g} recorded"
+            return
+
+
+def order(yours: Record, recorded: Record) -> tuple[str, bool] | None:
+    """Where two searches part, and whether a tie that they state explains it; None if they never do.
+
+    After a tie the searches go different ways, so only the first difference is judged.
+    """
+    plans = [Plan.model_validate(record.plan) for record in (yours, recorded)]
+    ours, theirs = (plan.removals for plan in plans)
+    for n, (own, other) in enumerate(zip(ours, theirs, strict=False), 1):
+        if (own.component, own.kept) != (other.component, other.kept):
+            close = HALF if "16" in recorded.model.dtype else ROUNDING.get(recorded.model.dtype, SAME)
+            stated = any(plan.provenance.get("ties", 0) for plan in plans)
+            known = own.score is not None and other.score is not None
+            tied = stated and known and math.isclose(own.score or 0, other.score or 0, rel_tol=close)
+            return f"removal {n} is {own.component} here, {other.component} recorded", tied
+    if len(ours) != len(theirs):
+        return f"the order has {len(ours)} removals here, {len(theirs)} recorded", False
+    return None

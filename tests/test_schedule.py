@@ -1,0 +1,149 @@
+"""The schedule: what is to be done and what it will cost, and that a second run does nothing and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World, small_profile
+
+from shedder_utils import freshness, notebooks, profiles, records
+from shedder_utils.profiles import Profile
+from shedder_utils.schedule import Schedule, Step, report_progress, steps
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Profile:
+    return profiles.load(small_profile(tmp_path))
+
+
+@pytest.fixture
+def world(profile: Profile, tmp_path: Path) -> World:
+    return World(tmp_path / "results", profile).finish()
+
+
+def test_every_run_is_a_step_once():
+    smoke = profiles.load("smoke")
+    found = steps(smoke)
+    assert len(set(found)) == len(found)
+    places = {step.place for step in found}
+    for study, settings in smoke.studies.items():
+        for model, rows in settings.rows.items():
+            assert (study, model, "search") in places
+            assert {(study, model, f"{n:02d}_removed") for n in rows if n} <= places
+    assert ("speed", "smoke-mamba", "table_6") in places
+    assert ("recovery", "smoke-mamba2", "ssm_pruning_02_tuned") in places
+
+
+def test_models_and_studies_narrow_it(profile):
+    found = steps(profile, models=["pocket-mamba2"], studies=["ssm_pruning"])
+    assert {step.model for step in found} == {"pocket-mamba2"}
+    assert {step.study for step in found} == {"inventory", "dense", "ssm_pruning"}
+    assert {step.model for step in steps(profile, models=["pocket-mamba"])} == {"pocket-mamba"}
+
+
+def test_nothing_recorded_and_nothing_done(profile, tmp_path):
+    schedule = Schedule(profile, tmp_path / "a", tmp_path / "b")
+    assert schedule.left == schedule.steps
+    assert schedule.seconds_left() is None
+    text = "\n".join(schedule.lines())
+    assert "its cost is not known" in text
+    assert f"{len(schedule.steps)} of {len(schedule.steps)} runs, time not known" in text
+
+
+def test_costs_are_the_recorded_ones(profile, world, tmp_path):
+    schedule = Schedule(profile, tmp_path / "none", world.root)
+    assert schedule.seconds_left() == 30 * len(schedule.steps)
+    text = "\n".join(schedule.lines())
+    assert "Some CPU, threads: 2" in text
+    assert "ssm_pruning" in text
+    line = next(line for line in text.splitlines() if line.startswith("block_pruning"))
+    assert line.split()[1:] == ["6", "0", "3.0", "0.8", "GiB"]
+
+
+def test_time_left_follows_the_pace_of_this_machine(profile, world, tmp_path):
+    for step in (Step("dense", "pocket-mamba", "scores"), Step("inventory", "pocket-mamba", "components")):
+        record = records.read(records.path(world.root, "small", *step.place))
+        slow = record.model_copy(update={"cost": record.cost.model_copy(update={"seconds": 90})})
+        records.write(tmp_path / "runs", slow)
+    schedule = Schedule(profile, tmp_path / "runs", world.root)
+    assert schedule.pace == pytest.approx(3)
+    assert schedule.seconds_left() == pytest.approx(90 * (len(schedule.steps) - 2))
+
+
+def test_progress_says_what_was_done_and_what_is_left(profile, world, tmp_path, capsys):
+    record = records.read(records.path(world.root, "small", "dense", "pocket-mamba", "scores"))
+    records.write(tmp_path / "runs", record)
+    report_progress(profile, tmp_path / "runs", record)
+    n = len(steps(profile))
+    assert (
+        capsys.readouterr().err
+        == f"dense, pocket-mamba, scores: 30 s, 800 MiB. Left: {n - 1} of {n} runs, time not known\n"
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile) -> Any:
+    """`notebooks.run` on two notebooks that are copied instead of executed; returns the names of those."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name, study in (("01_blocks", "block_pruning"), ("02_ssms", "ssm_pruning")):
+        cells = [
+            {"cell_type": "code", "source": "1", "execution_count": None, "metadata": {}, "outputs": [], "id": "a"}
+        ]
+        content = {"cells": cells, "metadata": {"shedder": {"studies": [study]}}, "nbformat": 4, "nbformat_minor": 5}
+        (folder / f"{name}.ipynb").write_text(json.dumps(content))
+    executed: list[str] = []
+
+    def execute(notebook: Path, target: Path, *_: Any) -> None:
+        executed.append(notebook.stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(notebook, target)
+
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    monkeypatch.setattr(notebooks, "execute", execute)
+    monkeypatch.setattr(notebooks, "_kernel", nullcontext)
+    monkeypatch.setattr(notebooks.report, "build", lambda *_: [])
+
+    def go() -> list[str]:
+        executed.clear()
+        notebooks.run(str(tmp_path / "small.yaml"), output=tmp_path / "results")
+        return list(executed)
+
+    return go
+
+
+def test_a_second_run_does_nothing_and_says_so(run, world, capsys):
+    assert run() == ["01_blocks", "02_ssms"]
+    first = capsys.readouterr().err
+    assert "To do: nothing" in first
+    assert run() == []
+    assert "Nothing to do: all runs are recorded" in capsys.readouterr().err
+
+
+def test_what_changed_or_is_missing_runs_again(run, world, tmp_path):
+    run()
+    (file,) = (tmp_path / "notebooks").glob("02*")
+    file.write_text(file.read_text().replace('"source": "1"', '"source": "2"'))
+    assert run() == ["02_ssms"]
+    records.path(world.root, "small", "block_pruning", "pocket-mamba", "03_removed").unlink()
+    assert run() == ["01_blocks"]
+    records.path(world.root, "small", "dense", "pocket-mamba", "scores").unlink()
+    assert run() == ["01_blocks", "02_ssms"]
+
+
+def test_a_notebook_is_fresh_only_for_the_same_profile_and_parameters(run, world, profile, tmp_path):
+    (file,) = (tmp_path / "notebooks").glob("01*")
+    target = tmp_path / "out.ipynb"
+    shutil.copy(file, target)
+    made = freshness.made_from(file, profile, {"models": ""})
+    assert not freshness.is_fresh(target, made)
+    freshness.mark(target, made)
+    assert freshness.is_fresh(target, made)
+    more = profile.model_copy(update={"search_gib": 2.0})
+    assert not freshness.is_fresh(target, freshness.made_from(file, more, {"models": ""}))
+    assert not freshness.is_fresh(target, freshness.made_from(file, profile, {"models": "pocket-mamba"}))
