@@ -11,17 +11,23 @@ READY := .venv/.ready
 POCKET_MODELS := pocket-mamba pocket-mamba2 pocket-falcon-mamba pocket-zamba2 pocket-hymba
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report test lint bench lab models clean
+.PHONY: help setup plan doctor reproduce report verify record test rehearse lint bench lab models clean
 
 help:  ## print this help
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 	@echo
-	@echo "  PROFILE=pocket     the profile of reproduce and report: a name or the path of a YAML file"
+	@echo "  PROFILE=pocket     the profile (pocket, smoke, laptop, paper): a name or the path of a YAML file"
 	@echo "  MODELS= STUDIES=   only these of the profile, separated by commas"
 	@echo "  PYTHON=            the interpreter to set up with, 3.11 to 3.13"
 	@echo "  TORCH_INDEX=       address of a package index to take PyTorch from, such as PyTorch's own for CPUs"
 
 setup: $(READY)  ## create .venv with the exact versions of requirements/cpu.txt, once
+
+plan: $(READY)  ## say what a profile downloads, computes and holds in memory, and how long it takes
+	@$(BIN)/python -m shedder_utils plan --profile "$(PROFILE)" --models "$(MODELS)" --studies "$(STUDIES)" > /dev/null
+
+doctor: $(READY)  ## say what is installed, which scan will run, and what the profile lacks
+	@$(BIN)/python -m shedder_utils doctor --profile "$(PROFILE)" > /dev/null
 
 reproduce: $(READY)  ## run the studies that are not done yet, then tables, figures and notebooks
 	@$(BIN)/python -m shedder_utils run --profile "$(PROFILE)" --models "$(MODELS)" --studies "$(STUDIES)"
@@ -29,8 +35,17 @@ reproduce: $(READY)  ## run the studies that are not done yet, then tables, figu
 report: $(READY)  ## draw tables and figures again from the records, without a model
 	@$(BIN)/python -m shedder_utils report --profile "$(PROFILE)"
 
+verify: $(READY)  ## check your records against the recorded ones and the paper, and that those are whole
+	@$(BIN)/python -m shedder_utils verify --profile "$(PROFILE)"
+
+record: $(READY)  ## for maintainers: make a finished run of committed code the recorded one
+	@$(BIN)/python -m shedder_utils record --profile "$(PROFILE)"
+
 test: lint  ## check style and types, then run the tests
 	@$(BIN)/python -m pytest -q
+
+rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (hours)
+	@$(BIN)/python -m tests.hub --models "$(MODELS)" --studies "$(STUDIES)"
 
 lint: $(READY)  ## check style and types only
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `python -m shedder_utils run` and `report`."""
+"""The command line: `python -m shedder_utils`; `commands/` has what is not about a whole profile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import commands
 from .errors import ShedderError
 
 app = typer.Typer(
@@ -41,8 +42,31 @@ def rebuild_report(profile: Profile = "pocket", output: Output = Path("runs")) -
         print(path)
 
 
+@app.command("verify")
+def verify_records(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
+    """Check your records against the recorded ones and the paper, and that what is recorded is whole."""
+    from .report.verify import summary, verify
+
+    found = verify(profile, output)
+    print(*found, summary(found), sep="\n")
+    if any(finding.fatal for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command("record")
+def record_run(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
+    """For maintainers: make a finished run the recorded one, ready to commit, and print the files written."""
+    from .recording import record
+
+    for path in record(profile, output):
+        print(path)
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+commands.register(app)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
 from .pocket.prose import POCKET
+from .public_texts import SOURCES, public_texts
 
 POOLS = {
     "pocket-instructions": POCKET / "instructions" / "train.jsonl",
@@ -77,8 +78,9 @@ def calibrate(
 ) -> Calibration:
     """Draw `samples` texts with `seed`, and cut their tokens into batches of (batch_size, sequence_length).
 
-    source: a data name (`POOLS`), a .jsonl or .jsonl.gz file with a column `text`, a .txt file with paragraphs, or a
-    list of texts. The last batch may hold fewer sequences. Raises DataError if the source is missing or too small.
+    source: a data name (`POOLS`, or `public_texts.SOURCES` on the Hub), a .jsonl or .jsonl.gz file with a column
+    `text`, a .txt file with paragraphs, or a list of texts. The last batch may hold fewer sequences.
+    Raises DataError if the source is missing or too small.
     """
     pool = list(source) if not isinstance(source, (str, Path)) else _read(source)
     if len(pool) < samples:
@@ -104,6 +106,8 @@ def _name(source: str | Path | Sequence[str]) -> str:
 
 def _read(source: str | Path) -> list[str]:
     """The texts of a named pool or of a file."""
+    if str(source) in SOURCES:
+        return public_texts(str(source))
     file = POOLS.get(str(source), Path(source))
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
@@ -111,7 +115,7 @@ def _read(source: str | Path) -> list[str]:
         if ".jsonl" in file.suffixes:
             return [json.loads(line)["text"] for line in content.splitlines() if line]
     except OSError as error:
-        names = ", ".join(POOLS)
+        names = ", ".join((*POOLS, *SOURCES))
         raise DataError(
             f"calibration source {source}: no such file or data name, expected a path or {names}"
         ) from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from . import kernels
+from . import adapters, hub, kernels
 from .components import Component, Cut
 from .errors import ModelError, PlanError
 from .families import FAMILIES, family_of, native
@@ -57,30 +58,36 @@ def load_model(
     """The model and tokenizer behind a reference, in evaluation mode, with this package's scans where they apply.
 
     ref: a pocket name ("pocket-mamba2"), a folder in the format of transformers, of mamba_ssm or of `save_pruned`, or
-    a Hub id of one of these.
+    a Hub id of one of these; or a folder of LoRA adapters (`recover`), which names the model that they belong to.
     dtype: None takes float32 on a CPU, else the checkpoint's own. tokenizer: None takes the one beside the weights,
     else the one of the published models of this type; a reference takes that one; False loads none (the second result
-    is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only.
+    is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only. revision: of a
+    Hub id; the commit that it stood for is in `config._commit_hash`.
 
     A checkpoint that the paper's authors released is the pruned model: see `families/native.py`.
     Raises ModelError if the reference cannot be found or read, its architecture is not covered, or a tensor is missing,
     left over or misshapen.
     """
     kernels.install()
-    folder = _resolve(ref)
-    settings = _settings(folder, revision)
+    fetched = hub.fetch(_resolve(ref), revision)
+    folder = str(fetched.folder) if fetched else _resolve(ref)
+    if (base := adapters.base_of(folder)) is not None:
+        model, found = load_model(base, device=device, dtype=dtype, tokenizer=tokenizer)
+        adapters.load(model, folder)
+        return model, found
+    settings = _settings(folder)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     if native.is_native(settings):
-        model = _native(folder, settings, dtype, revision)
+        model = _native(folder, settings, dtype)
     elif "pruned" in settings:
-        model = _pruned(folder, settings, dtype, revision)
+        model = _pruned(folder, settings, dtype)
     else:
-        model = _transformers(folder, dtype, revision)
+        model = _transformers(folder, dtype)
     model = model.to(device).eval()
     family_of(model).prepare(model)
-    model.config._name_or_path = str(ref)
-    return model, _tokenizer(folder, model.config, tokenizer, revision)
+    model.config._name_or_path, model.config._commit_hash = str(ref), fetched.commit if fetched else None
+    return model, _tokenizer(folder, model.config, tokenizer)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -123,22 +130,22 @@ def local_folder(ref: str | Path) -> Path | None:
     return folder if str(ref) and folder.is_dir() else None
 
 
-def _settings(folder: str, revision: str | None) -> dict[str, Any]:
+def _settings(folder: str) -> dict[str, Any]:
     """The content of config.json."""
     try:
-        return PretrainedConfig.get_config_dict(folder, revision=revision)[0]
+        return PretrainedConfig.get_config_dict(folder)[0]
     except (OSError, ValueError) as error:
         raise _unusable(folder, error) from error
 
 
-def _transformers(folder: str, dtype: torch.dtype | None, revision: str | None) -> PreTrainedModel:
+def _transformers(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a transformers checkpoint. dtype: None takes the checkpoint's own."""
     try:
-        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _unusable(folder, error) from error
     _check_type(folder, config.model_type)
-    return _from_safetensors(AutoModelForCausalLM, folder, config, dtype, revision)
+    return _from_safetensors(AutoModelForCausalLM, folder, config, dtype)
 
 
 def _check_type(folder: str, model_type: str) -> None:
@@ -148,14 +155,14 @@ def _check_type(folder: str, model_type: str) -> None:
 
 
 def _from_safetensors(
-    model_class: Any, folder: str, config: PretrainedConfig, dtype: torch.dtype | None, revision: str | None
+    model_class: Any, folder: str, config: PretrainedConfig, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     try:
         model, info = _filled(
             model_class.from_pretrained, folder, config=config, dtype=dtype or config.dtype or torch.float32,
-            revision=revision, use_safetensors=True, trust_remote_code=False,
+            use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {folder}: weights cannot be read ({_first_line(error)}): expected whole safetensors"
         ) from error
@@ -163,12 +170,10 @@ def _from_safetensors(
     return model
 
 
-def _native(
-    folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None, revision: str | None
-) -> PreTrainedModel:
+def _native(folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a mamba_ssm checkpoint, pruned if tensors say so. dtype: None takes that of the embedding."""
     config = native.configuration(settings, f"model {folder}")
-    tensors = native.tensors(folder, config, revision)
+    tensors = native.tensors(folder, config)
     if dtype is None:
         dtype = tensors[native.EMBEDDING].dtype if native.EMBEDDING in tensors else torch.float32
     model, info = _filled(
@@ -181,9 +186,7 @@ def _native(
     return model
 
 
-def _pruned(
-    folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None, revision: str | None
-) -> PreTrainedModel:
+def _pruned(folder: str, settings: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a folder that `save_pruned` wrote."""
     record = settings["pruned"]
     try:
@@ -191,7 +194,7 @@ def _pruned(
     except (KeyError, TypeError, ValueError, PlanError) as error:
         raise ModelError(f"model {folder}: config.json: 'pruned' is malformed ({error!r}): save it again") from error
     if record.get("portable"):
-        model: Any = _transformers(folder, dtype, revision)
+        model: Any = _transformers(folder, dtype)
         del model.config.pruned
         prune(model, _ssms_renumbered(gone))
     else:
@@ -203,7 +206,7 @@ def _pruned(
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise _unusable(folder, error) from error
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = _from_safetensors(_without(model_class, gone), folder, config, dtype, revision)
+        model = _from_safetensors(_without(model_class, gone), folder, config, dtype)
         model.__class__ = model_class
     model.config.pruned = {name: value for name, value in record.items() if name != "portable"}
     return model
@@ -265,24 +268,16 @@ def _named(key: str | tuple[str, Collection[int], Collection[int]]) -> str:
 
 
 def _tokenizer(
-    folder: str, config: PretrainedConfig, wanted: str | Path | bool | None, revision: str | None
+    folder: str, config: PretrainedConfig, wanted: str | Path | bool | None
 ) -> PreTrainedTokenizerBase | None:
     if wanted is False:
         return None
     source, published = str(wanted), False
     if wanted is None or wanted is True:
-        published = not any(
-            native.beside(folder, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")
-        )
+        published = not any(Path(folder, name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
         source = PUBLISHED_TOKENIZER[config.model_type] if published else folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision if source == folder else None, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"tokenizer {source} for {folder}: cannot be read ({_first_line(error)}): pass tokenizer="
-        ) from error
+    with hub.checked(f"tokenizer {source} for {folder}", source, ModelError, advice=f"pass tokenizer=, or {hub.AGAIN}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if published and len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"model {folder} has no tokenizer beside it, and {config.vocab_size} tokens, where {source} has "

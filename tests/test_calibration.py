@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 
-from shedder_utils import Calibration, DataError, calibrate
+from shedder_utils import Calibration, DataError, calibrate, public_texts
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
 TEXTS = [f"Story {i}: Anna is in the garden and Ben is in the kitchen." for i in range(40)]
@@ -57,6 +60,45 @@ def test_files_and_named_sources_are_read(tmp_path: Path) -> None:
 def test_sources_that_cannot_do_are_refused(source: str | list[str], samples: int, complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         calibrate(source, load_tokenizer(), samples=samples, sequence_length=128)
+
+
+def in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, file: Path) -> None:
+    """Read a data name from a local JSON file, split and drawn as ever."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(file.parent))
+    local = dataclasses.replace(
+        public_texts.SOURCES[name], repository="json", configuration=None, revision=None, split="train", files=str(file)
+    )
+    monkeypatch.setitem(public_texts.SOURCES, name, local)
+
+
+def test_alpaca_is_split_and_drawn_as_the_release_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, tokenizer = tmp_path / "alpaca.json", load_tokenizer()
+    prompt = "Below is an instruction.\n\n### Instruction:\nCount to {n}.\n\n### Response:\n1 to {n}"
+    rows = [{"instruction": f"Count to {n}.", "text": prompt.format(n=n)} for n in range(100)]
+    file.write_text(json.dumps(rows))
+    in_place_of_the_hub(monkeypatch, "alpaca", file)
+    whole = load_dataset("json", data_files=str(file), split="train")
+    pool = whole.train_test_split(0.2, seed=42)["test"].train_test_split(0.5, seed=42)["train"]["text"]
+    assert public_texts.public_texts("alpaca") == list(pool)
+    assert len(pool) == 10
+    random.seed(42)
+    expected = "\n\n".join(pool[i] for i in random.sample(range(10), 6))
+    calibration = calibrate("alpaca", tokenizer, samples=6, sequence_length=32)
+    ids = tokenizer(expected).input_ids
+    assert torch.cat(calibration.batches).flatten().tolist() == ids[: calibration.tokens]
+    assert calibration.source["name"] == "alpaca"
+
+
+def test_empty_rows_do_not_count_and_an_unreadable_source_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps([{"text": ""}, {"text": " = Title = "}, {"text": "Prose."}]))
+    in_place_of_the_hub(monkeypatch, "wikitext-2", file)
+    assert public_texts.public_texts("wikitext-2") == [" = Title = ", "Prose."]
+    file.write_text(json.dumps([{"words": "Prose."}]))
+    with pytest.raises(DataError, match=r"data wikitext-2: json cannot be read \(.*\): check the connection"):
+        public_texts.public_texts("wikitext-2")
 
 
 def test_rows_without_text_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from shedder_utils import doctor
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -18,8 +20,8 @@ REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT[
 CUDA = ("cuda-", "nvidia-", "triton")  # come with some builds of torch, in versions that it fixes itself
 
 
-def locked() -> list[tuple[str, str]]:
-    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+def locked(name: str = "cpu.txt") -> list[tuple[str, str]]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
     pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)", line) for line in lines if not line.startswith("#")]
     assert all(pins), "every line of the lock is one exact version, without a local label"
     return [(canonicalize_name(pin[1]), pin[2]) for pin in pins if pin]
@@ -50,6 +52,20 @@ def test_lock_has_what_each_package_needs(package):
         name = canonicalize_name(need.name)
         if (need.marker is None or need.marker.evaluate({"extra": ""})) and not name.startswith(CUDA):
             assert need.specifier.contains(LOCK[name], prereleases=True), f"{package} needs {need}"
+
+
+def test_gpu_kernels_go_with_the_rest():
+    """The second step on a GPU changes nothing that the first one set, and is what the instructions name."""
+    kernels, text = dict(locked("gpu.txt")), (ROOT / "environment.yml").read_text()
+    conda = {canonicalize_name(pin.name): pin for pin in map(Requirement, CONDA["dependencies"][-1]["pip"])}
+    assert {"mamba-ssm", "causal-conv1d"} <= kernels.keys()
+    assert kernels["mamba-ssm"] == "2.3.2.post1"
+    for name, version in kernels.items():
+        assert name not in LOCK or LOCK[name] == version
+        assert name not in conda or conda[name].specifier.contains(version)
+    assert "-r requirements/gpu.txt" in text
+    assert "-r requirements/gpu.txt" in doctor.INSTALL_KERNELS
+    assert all("MAMBA_KEEP_CUDA_BUILD=TRUE" in part for part in (text, (ROOT / "requirements" / "gpu.txt").read_text()))
 
 
 def test_python_versions_agree():

@@ -40,6 +40,31 @@ def test_pocket_removes_the_papers_shares():
                 assert abs(ours / 24 - theirs / blocks) <= 0.5 / 24
 
 
+def test_paper_calibrates_and_reads_each_model_as_the_paper_does():
+    profile, batch = profiles.load("paper"), paper.hyperparameters()["calibration_batch"]
+    for name in profile.models:
+        own = profile.calibration_of(name)
+        for setting in ("sequence_length", "batch_size"):
+            assert getattr(own, setting) == batch[setting].get(name, batch[setting]["default"]), name
+    perplexity, _, hellaswag = profile.evaluation.tasks[:3]
+    assert profile.metric_of("hymba-1.5b", hellaswag) == "acc"
+    assert profile.metric_of("zamba2-2.7b", hellaswag) == "acc_norm"
+    assert profile.metric_of("hymba-1.5b", perplexity) == "perplexity"
+
+
+def test_paper_recovers_as_the_paper_does():
+    theirs = paper.hyperparameters()["recovery"]
+    for table in profiles.load("paper").recovery.tables.values():
+        recipe, wanted = table.recipe, theirs[table.model]
+        assert (recipe.method, recipe.epochs) == (wanted["method"], wanted["epochs"])
+        assert (recipe.learning_rate, recipe.rank, recipe.alpha) == (
+            wanted["learning_rate"], wanted.get("r"), wanted.get("alpha")
+        )  # fmt: skip
+        rows = wanted["batch_size"] * wanted.get("gradient_accumulation", 1)
+        assert recipe.batch_size * recipe.accumulation == rows
+        assert (recipe.max_length, recipe.held_out) == (theirs["max_length"], theirs["held_out"])
+
+
 def test_smoke_needs_no_weights_on_disk():
     assert all(model.random and not model.ref for model in profiles.load("smoke").models.values())
 

@@ -1,11 +1,12 @@
 """Profiles: one YAML file says which models, data, tasks and studies a run is made of.
 
-The package ships `smoke` (tests) and `pocket` (the default); any path to a YAML file works as well. Every key is
-checked before anything starts, and an unknown one is refused.
+The package ships `pocket` (the default), `smoke` (tests), `paper` (the paper's own models, for GPUs) and `laptop`
+(small public models); any path to a YAML file works as well. Every key is checked before anything starts, and an
+unknown one is refused.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -13,8 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from .. import paper
 from ..components import KINDS
 from ..errors import ProfileError
+from ..recipe import Recipe
+from ..records import Name
 
 FOLDER = Path(__file__).parent
+RECOVERY = "recovery"
+"""The name of the study that tunes pruned models again."""
 
 
 class _Settings(BaseModel):
@@ -39,13 +44,30 @@ class RandomModel(_Settings):
     seed: int
 
 
+class CalibrationChanges(_Settings):
+    """What one model's calibration has of its own."""
+
+    sequence_length: PositiveInt
+    batch_size: PositiveInt
+
+
 class ProfileModel(_Settings):
-    """One model: what to load (`ref`) or to build (`random`), and the paper's model it stands for."""
+    """One model: what to load (`ref`) or to build (`random`), and the paper's model it stands for.
+
+    revision: of a Hub id. shape: the published config.json, so that costs are known before the download; download_gb:
+    the size of its files. calibration: where it differs from the profile's. accuracy: the metric of all its accuracies,
+    where the paper's table of this model has one of its own.
+    """
 
     family: str
     paper: str
     ref: str | None = None
+    revision: str | None = None
     random: RandomModel | None = None
+    shape: dict[str, Any] | None = None
+    download_gb: float = Field(default=0.0, ge=0)
+    calibration: CalibrationChanges | None = None
+    accuracy: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ProfileModel":
@@ -145,40 +167,91 @@ class Study(_Settings):
 
 
 class SpeedTable(_Settings):
-    """One of tables 6 to 9: a model less some of a study's removals, timed against the dense one.
+    """One of tables 6 to 9, or one beside them: a model less some of a study's removals, timed against the dense one.
 
-    rows: after how many removals, and the paper's row that each stands beside, by its number or its name.
+    rows: after how many removals, and the paper's row that each stands beside, by its number or its name, if any.
     """
 
     study: str
     model: str
     new_tokens: int = Field(ge=2)
-    rows: dict[NonNegativeInt, int | str]
+    rows: dict[NonNegativeInt, int | str | None]
 
 
 class Speed(_Settings):
-    """How speed is measured: the prompt's tokens, rounds that count, and what for each table."""
+    """How speed is measured: the prompt's tokens, rounds that count, and what for each table, by number or name."""
 
     prompt_tokens: PositiveInt
     batches: PositiveInt
-    tables: dict[PositiveInt, SpeedTable]
+    tables: dict[PositiveInt | Name, SpeedTable]
+
+
+class RecoveryRow(_Settings):
+    """A model after some of a study's removals, which is tuned again.
+
+    stands_for: the paper's number of removals, in table 11 its ratio; None for a row that the paper does not have.
+    """
+
+    study: str
+    removed: PositiveInt
+    stands_for: float | None = None
+
+    @property
+    def state(self) -> str:
+        """Its name in records: study and count."""
+        return f"{self.study}_{self.removed:02d}"
+
+
+class RecoveryTable(_Settings):
+    """One of tables 10 to 12: a model, how it is tuned, and from which states; the dense one is tuned as well."""
+
+    model: str
+    recipe: Recipe
+    rows: tuple[RecoveryRow, ...] = Field(min_length=1)
+
+
+class Recovery(_Settings):
+    """Recovery tuning: the instructions, a name or path as `instructions.instructions` takes it, and the tables."""
+
+    source: str
+    tables: dict[Annotated[int, Field(ge=10, le=12)], RecoveryTable]
 
 
 class Profile(_Settings):
     """All settings of a run; models and studies are by name.
 
     papers_own_models: whether the models are those of the paper itself, so that a claim can fail on them and not just
-    stay unseen.
+    stay unseen. device, dtype: where models run and as what; None takes what `load_model` takes. search_gib: what a
+    search may hold beside the model; None leaves it to `search`.
     """
 
     name: str
     title: str
     papers_own_models: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    search_gib: float | None = Field(default=None, gt=0)
     models: dict[str, ProfileModel]
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
     studies: dict[str, Study]
     speed: Speed | None = None
+    recovery: Recovery | None = None
+
+    @property
+    def study_names(self) -> tuple[str, ...]:
+        """The pruning studies, and recovery where it is set."""
+        return (*self.studies, *([RECOVERY] if self.recovery else []))
+
+    def calibration_of(self, model: str) -> CalibrationSettings:
+        """The calibration settings of a model."""
+        changes = self.models[model].calibration
+        return self.calibration.model_copy(update=changes.model_dump() if changes else {})
+
+    def metric_of(self, model: str, column: Column) -> str:
+        """The lm-eval metric that fills a column for a model."""
+        own = self.models[model].accuracy if model in self.models else None
+        return own if own and column.metric != "perplexity" else column.metric
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":
@@ -190,6 +263,12 @@ class Profile(_Settings):
         for number, table in self.speed.tables.items() if self.speed else ():
             if table.study not in self.studies or table.model not in self.studies[table.study].rows:
                 raise ValueError(f"speed, table {number}: no study {table.study!r} of a model {table.model!r}")
+        for number, tuned in self.recovery.tables.items() if self.recovery else ():
+            for row in tuned.rows:
+                study = self.studies.get(row.study)
+                if study is None or row.removed not in study.rows.get(tuned.model, {}):
+                    where = f"{tuned.model} with {row.removed} removed"
+                    raise ValueError(f"recovery, table {number}: {where} is no row of a study {row.study!r}")
         return self
 
 

@@ -1,0 +1,102 @@
+"""`plan` and `doctor`: what a profile takes, and what this machine has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import profiles
+from .options import finish, say
+
+if TYPE_CHECKING:
+    from ..cost_plan import CostPlan
+
+
+def plan_profile(
+    profile: Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")] = "pocket",
+    models: Annotated[str, typer.Option(help="Only these models of the profile, separated by commas.")] = "",
+    studies: Annotated[str, typer.Option(help="Only these studies, separated by commas.")] = "",
+    output: Annotated[Path, typer.Option(help="The folder with your records, to see what is done.")] = Path("runs"),
+) -> None:
+    """Say what a profile downloads, computes and holds in memory, and how long it takes, before any of it starts."""
+    from ..cost_plan import CostPlan
+    from ..schedule import Schedule
+
+    settings = profiles.load(profile)
+    wanted = [[name.strip() for name in text.split(",") if name.strip()] for text in (models, studies)]
+    schedule = Schedule(settings, output, models=wanted[0], studies=wanted[1])
+    plan = CostPlan(settings, schedule, *wanted)
+    for line in _lines(plan):
+        say(line)
+    devices = {device.name: sum(map(device.hours, plan.jobs)) for device in plan.devices}
+    seconds = schedule.seconds_left()
+    finish(
+        {
+            "profile": settings.name, "runs": len(schedule.steps), "left": len(schedule.left),
+            "download_gb": sum(plan.downloads.values()), "disk_gb": plan.disk_gb, "hours": devices,
+            "minutes_as_recorded": None if seconds is None else seconds / 60, "jobs": [asdict(j) for j in plan.jobs],
+        }
+    )  # fmt: skip
+
+
+def _lines(plan: CostPlan) -> Iterator[str]:
+    """The plan for people: downloads, one line for each study of each model, the sum, and what is done."""
+    from ..cost_plan import BANDWIDTH, EFFICIENCY
+
+    yield f"profile {plan.profile.name}: {plan.profile.title}"
+    parts = ", ".join(f"{name} {size:g} GB" for name, size in plan.downloads.items())
+    yield f"download: {parts or 'nothing'}; disk: {plan.disk_gb:.1f} GB"
+    heads = "".join(f"{device.name:>14}" for device in plan.devices)
+    yield f"{'study':20} {'model':20} {'':16} {'passes':>7} {'PFLOP':>9} {'GiB':>6}{heads}"
+    for job in plan.jobs:
+        hours = "".join(f"{_hours(job.gib, device.gib, device.hours(job)):>14}" for device in plan.devices)
+        passes = f"{job.passes:,}" if job.passes else ""
+        yield f"{job.study:20} {job.model:20} {job.what:16} {passes:>7} {job.flops / 1e15:9.3g} {job.gib:6.1f}{hours}"
+    total = "".join(f"{sum(map(device.hours, plan.jobs)):12.2f} h" for device in plan.devices)
+    yield f"{'all':20} {'':20} {'':16} {'':7} {sum(job.flops for job in plan.jobs) / 1e15:9.3g} {'':6}{total}"
+    yield "passes: of Algorithm 1, one for each candidate of each step, at most where kinds compete"
+    yield f"hours: at {EFFICIENCY:.0%} of a device's peak arithmetic, {BANDWIDTH:.0%} of its memory traffic"
+    yield from _found(plan)
+    yield f"to do: {plan.schedule.summary()}"
+
+
+def _hours(needed: float, there: float, hours: float) -> str:
+    return f"{hours:.2f} h" if needed <= there else "too small"
+
+
+def _found(plan: CostPlan) -> Iterator[str]:
+    """Which of the jobs fit the GPU that is here, if the profile wants one."""
+    import torch
+
+    if plan.profile.device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        yield "this machine has no GPU that torch can use: python -m shedder_utils doctor says what is missing"
+        return
+    gpu = torch.cuda.get_device_properties(0)
+    fitting = [job for job in plan.jobs if job.gib <= gpu.total_memory / 2**30]
+    yield f"on the {gpu.name} here {len(fitting)} of {len(plan.jobs)} jobs fit"
+
+
+def examine_machine(
+    profile: Annotated[str, typer.Option(help="Also what this profile needs: a name, or the path of a file.")] = "",
+) -> None:
+    """Say what is installed, which scan will run, and what a profile lacks, with the line that installs it."""
+    from ..doctor import examine
+
+    findings = examine(profiles.load(profile) if profile else None)
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        say(f"{finding.name:{width}}  {finding.found}")
+        if finding.remedy:
+            say(f"{'':{width}}  -> {finding.remedy}")
+    missing = [finding.name for finding in findings if finding.remedy]
+    say(f"missing: {', '.join(missing)}" if missing else "nothing is missing")
+    finish({"found": {f.name: f.found for f in findings}, "missing": {f.name: f.remedy for f in findings if f.remedy}})
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan_profile, "doctor": examine_machine}

@@ -1,0 +1,251 @@
+"""Cost plan: what a profile downloads, computes and holds in memory, before any of it starts.
+
+Searches are priced from shapes: the passes of Algorithm 1, the work that one sweep a step leaves of them before what is
+kept from step to step saves more, and the memory that `search_memory.py` adds up. Hours are the larger of arithmetic
+and memory traffic on a device, at the share of its peak that `EFFICIENCY` and `BANDWIDTH` state. Minutes on a CPU that
+was measured come from the records (`schedule.py`). Nothing is downloaded and no model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from .errors import ProfileError
+from .families import family_of
+from .loading import local_folder
+from .plan import Stage
+from .profiles import RECOVERY, Profile, Study
+from .removal import components
+from .schedule import Schedule
+from .search_memory import GIB, TOKENS_AT_ONCE, default_gib, search_memory
+from .shapes import Work, without_weights, work_per_token
+
+EFFICIENCY, BANDWIDTH = 0.3, 0.6
+"""The shares of a device's peak arithmetic and of its peak memory traffic that the estimates count on."""
+TOKENS_OF_A_TEXT = 105
+"""Tokens of one calibration text: the mean of Alpaca with prompt, and of the pocket instructions."""
+ROWS, TOKENS_OF_A_ROW = 49_760, 140
+"""Rows of the cleaned Alpaca that recovery trains on, and tokens of one, about."""
+DATA_GB = 0.6
+"""Alpaca, wikitext-2 and the seven tasks together, as they lie on disk."""
+TASKS = {
+    "lambada_openai": (5153, 1, 85), "hellaswag": (10042, 4, 100), "piqa": (1838, 2, 45), "arc_easy": (2376, 4, 40),
+    "arc_challenge": (1172, 4, 45), "winogrande": (1267, 2, 30), "openbookqa": (500, 4, 20),
+}  # fmt: skip
+"""Of lm-eval's tasks: items, requests of each, and tokens of a request, about."""
+OTHER_TASK = (400, 4, 60)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor at its peak: operations a second in half precision and in float32, bytes a second, memory in GiB."""
+
+    name: str
+    half_flops: float
+    single_flops: float
+    bytes: float
+    gib: float
+
+    def hours(self, job: Job) -> float:
+        """How long a job takes, at the stated shares of the peaks."""
+        flops = self.single_flops if job.single else self.half_flops
+        return max(job.flops / (EFFICIENCY * flops), job.bytes / (BANDWIDTH * self.bytes)) / 3600
+
+
+GPUS = (
+    Device("V100-32GB", 125e12, 15.7e12, 0.90e12, 32), Device("A100-80GB", 312e12, 19.5e12, 2.04e12, 80),
+    Device("H100-80GB", 989e12, 67e12, 3.35e12, 80),
+)  # fmt: skip
+CPUS = (Device("2 CPU cores", 150e9, 150e9, 20e9, 8),)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The runs of one study on one model.
+
+    passes: what Algorithm 1 would need, one full pass of the calibration data for each candidate of each step, at most
+    where kinds compete; flops, bytes: of the fast search and the evaluations; gib: peak memory, weights included;
+    single: in float32, whatever the profile's numbers are.
+    """
+
+    study: str
+    model: str
+    what: str
+    passes: int
+    flops: float
+    bytes: float
+    gib: float
+    single: bool = False
+
+
+@dataclass
+class CostPlan:
+    """What a profile takes: its downloads, its jobs, and what is done of it. models, studies: only those."""
+
+    profile: Profile
+    schedule: Schedule
+    models: Sequence[str] = ()
+    studies: Sequence[str] = ()
+    jobs: list[Job] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for what, names, known in (
+            ("model", self.models, self.profile.models), ("study", self.studies, self.profile.study_names)
+        ):  # fmt: skip
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise ProfileError(f"{what} {unknown[0]!r} is not in the profile: expected one of {', '.join(known)}")
+        self.jobs = list(self._jobs())
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that hours are given for."""
+        return GPUS if self.profile.device == "cuda" else CPUS
+
+    @cached_property
+    def downloads(self) -> dict[str, float]:
+        """Gigabytes to download by model, without those that are here already."""
+        return {
+            name: settings.download_gb
+            for name, settings in self.profile.models.items()
+            if name in self._wanted and settings.ref and not is_here(settings.ref, settings.revision)
+        }
+
+    @property
+    def disk_gb(self) -> float:
+        """Disk for downloads, data sets with them, and what is recorded."""
+        return sum(self.downloads.values()) + (DATA_GB if self.downloads else 0.1)
+
+    @property
+    def _wanted(self) -> list[str]:
+        return list(dict.fromkeys(step.model for step in self.schedule.steps))
+
+    def _jobs(self) -> Iterator[Job]:
+        for name in self._wanted:
+            pricing = _Pricing(self.profile, name)
+            for study in self.profile.studies:
+                if self._runs(study, name, "search"):
+                    yield pricing.search(study)
+            for study in ("dense", *self.profile.studies):
+                evaluated = self._runs(study, name) - self._runs(study, name, "search")
+                if evaluated:
+                    yield pricing.evaluations(study, evaluated)
+            if tunings := self._runs(RECOVERY, name):
+                yield pricing.recovery(tunings)
+                yield pricing.evaluations(RECOVERY, tunings)
+
+    def _runs(self, study: str, model: str, setting: str | None = None) -> int:
+        """How many different runs of a study there are."""
+        steps = {step for step in self.schedule.steps if (step.study, step.model) == (study, model)}
+        return len([step for step in steps if setting in (None, step.setting)])
+
+
+class _Pricing:
+    """What the studies of one model cost."""
+
+    def __init__(self, profile: Profile, name: str) -> None:
+        self.profile, self.name = profile, name
+        self.model: PreTrainedModel = without_weights(profile.models[name])
+        self.calibration = profile.calibration_of(name)
+        self.model.to(getattr(torch, profile.dtype or "float32"))
+        self.number_bytes = self.model.dtype.itemsize
+        self.weights = float(self.model.num_parameters() * self.number_bytes)
+        self.search_gib = profile.search_gib or default_gib(torch.device("cpu"))
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens: whole sequences, at least one."""
+        length = self.calibration.sequence_length
+        return max(1, self.calibration.samples * TOKENS_OF_A_TEXT // length) * length
+
+    def search(self, study: str) -> Job:
+        """A search by one sweep a step, with a full pass for each removal and one before the first."""
+        settings = self.profile.studies[study]
+        length, work = self.calibration.sequence_length, work_per_token(self.model, self.calibration.sequence_length)
+        counts = candidates_by_step(self.model, settings)
+        later = _share_from(self.model, settings, work)
+        passes = sum(1 + share * n for n, share in zip(counts, later, strict=True)) + settings.steps + 1
+        rows = max(1, TOKENS_AT_ONCE // length)
+        reads = (settings.steps * 2 + 1) * max(1, self.tokens // (rows * length)) * self.weights
+        moved = passes * self.tokens * len(work.layers) * work.traffic * self.number_bytes
+        return Job(
+            study, self.name, "search", sum(counts), passes * self.tokens * work.whole, reads + moved,
+            self._search_gib(settings),
+        )  # fmt: skip
+
+    def _search_gib(self, settings: Study) -> float:
+        """The peak of a search; what is kept is less where all of it takes less than the budget."""
+        length = self.calibration.sequence_length
+        stages = [Stage(**stage.model_dump(exclude_none=True)) for stage in settings.stages]
+        peak = search_memory(
+            self.model, stages, sequences=self.tokens // length, sequence_length=length,
+            batch_size=self.calibration.batch_size, memory_gib=self.search_gib,
+        )  # fmt: skip
+        return peak.total / GIB
+
+    def evaluations(self, study: str, count: int) -> Job:
+        """So many evaluations of the model with all tasks."""
+        tokens, requests = 0, 0
+        for task in self.profile.evaluation.task_names:
+            items, each, length = TASKS.get(task, OTHER_TASK)
+            items = min(items, self.profile.evaluation.limit or items)
+            tokens, requests = tokens + items * each * length, requests + items * each
+        batch, work = self.profile.evaluation.batch_size, work_per_token(self.model, 128)
+        moved = requests / batch * self.weights + tokens * len(work.layers) * work.traffic * self.number_bytes
+        return Job(
+            study, self.name, "evaluation" if count == 1 else f"{count} evaluations", 0, count * tokens * work.whole,
+            count * moved, (self.weights + 4 * 3 * batch * 128 * self.model.config.vocab_size) / GIB,
+        )  # fmt: skip
+
+    def recovery(self, count: int) -> Job:
+        """So many tunings, forward and twice as much backward, in float32."""
+        tables = self.profile.recovery.tables.values() if self.profile.recovery else ()
+        recipe = next(table.recipe for table in tables if table.model == self.name)
+        work = work_per_token(self.model, recipe.max_length)
+        batch = recipe.batch_size * min(recipe.max_length, TOKENS_OF_A_ROW)
+        batches = recipe.steps or recipe.epochs * ROWS / (recipe.batch_size * recipe.accumulation)
+        tokens = batches * recipe.accumulation * batch
+        kept = 4 * batch * len(work.layers) * work.traffic
+        states = 4 if recipe.method == "full" else 1  # weights, gradients and two moments, or weights alone
+        moved = count * tokens / batch * 3 * (kept + states * 4 * self.model.num_parameters())
+        return Job(
+            RECOVERY, self.name, "tuning" if count == 1 else f"{count} tunings", 0, 3 * count * tokens * work.whole,
+            moved, (states * 4 * self.model.num_parameters() + kept) / GIB, single=True,
+        )  # fmt: skip
+
+
+def candidates_by_step(model: PreTrainedModel, study: Study) -> list[int]:
+    """How many candidates each step of a search has: its passes by Algorithm 1.
+
+    Exact where components of one kind go; where kinds compete or follow each other, at most, for what goes first
+    decides what is left. An MLP stays a candidate as long as it has channels to lose.
+    """
+    counts: list[int] = []
+    for number, stage in enumerate(study.stages):
+        there, shrinks = len(components(model, stage.kinds)), "mlp_channels" not in stage.kinds
+        before = sum(s.steps for s in study.stages[:number] if set(s.kinds) <= set(stage.kinds)) if shrinks else 0
+        counts += [there - before - step if shrinks else there for step in range(stage.steps)]
+    return counts
+
+
+def _share_from(model: PreTrainedModel, study: Study, work: Work) -> list[float]:
+    """For each step the share of a pass that a candidate's variant still has to run, from its layer on; the mean."""
+    shares = []
+    for stage in study.stages:
+        layers = [family_of(model).layer_of(model, component) for component in components(model, stage.kinds)]
+        left = [sum(work.layers[layer:]) + work.head for layer in layers]
+        shares += [sum(left) / len(left) / work.whole] * stage.steps
+    return shares
+
+
+def is_here(ref: str, revision: str | None = None) -> bool:
+    """Whether a model is on this machine: a folder, or in the cache of the Hub."""
+    return local_folder(ref) is not None or isinstance(
+        try_to_load_from_cache(ref, "config.json", revision=revision), str
+    )

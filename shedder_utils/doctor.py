@@ -1,0 +1,128 @@
+"""Doctor: what is installed here, which scan will run, and what a profile still lacks, with the line that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import torch
+from packaging.requirements import Requirement
+
+from .files import ROOT
+from .profiles import Profile
+
+PROJECT = "mamba-shedder-companion"
+KERNELS = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+"""The packages of GPU kernels, and the module that fails to import where they were not built."""
+SHOWN = ("torch", "transformers", "lm-eval", "datasets", "peft", "numba", *KERNELS)
+INSTALL = "make setup"
+INSTALL_KERNELS = "pip install --no-build-isolation -r requirements/gpu.txt"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, and if it is not as needed, the line that mends it."""
+
+    name: str
+    found: str
+    remedy: str | None = None
+
+
+def examine(profile: Profile | None = None) -> list[Finding]:
+    """Everything that bears on a run; remedies are for what the profile needs, or for any run if none is given."""
+    on_gpu = profile is not None and profile.device == "cuda"
+    findings = [
+        Finding("python", f"{platform.python_version()} in {sys.prefix}"), *_packages(), *_kernels(on_gpu),
+        Finding("scan", scan("cuda" if on_gpu else "cpu")), _gpu(on_gpu),
+        Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"), Finding("memory", _memory()),
+    ]  # fmt: skip
+    return findings + (_models(profile) if profile else [])
+
+
+def scan(device: str) -> str:
+    """Which scan will run on a device: the kernels of mamba_ssm, this package's own, or transformers' fallback."""
+    if device == "cuda":
+        return "mamba_ssm" if all(_imports(module) for module in KERNELS.values()) else "transformers fallback"
+    if os.environ.get("SHEDDER_SCAN") == "off":
+        return "transformers fallback (SHEDDER_SCAN is off)"
+    return "shedder-numba" if _imports("numba") else "transformers fallback"
+
+
+def _packages() -> list[Finding]:
+    """The versions of what matters, and whatever the project requires and is missing or too old."""
+    shown = [Finding(name, _version(name) or "not installed") for name in SHOWN if name not in KERNELS]
+    wrong = []
+    for requirement in map(Requirement, _requirements()):
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(Finding(str(requirement), f"found {found or 'none'}", INSTALL))
+    return shown + wrong
+
+
+def _requirements() -> list[str]:
+    try:
+        return [line for line in requires(PROJECT) or [] if "extra ==" not in line]
+    except PackageNotFoundError:
+        return []
+
+
+def _kernels(needed: bool) -> list[Finding]:
+    findings = []
+    for name, module in KERNELS.items():
+        found = _version(name)
+        works = found is not None and _imports(module)
+        state = found if found and works else f"{found}, which does not import" if found else "not installed"
+        findings.append(Finding(name, state, INSTALL_KERNELS if needed and not works else None))
+    return findings
+
+
+def _gpu(needed: bool) -> Finding:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return Finding("GPU", ", ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in names))
+    remedy = "conda env create -f environment.yml, on a machine with an NVIDIA GPU" if needed else None
+    return Finding("GPU", f"none that torch {torch.__version__} can use", remedy)
+
+
+def _models(profile: Profile) -> list[Finding]:
+    """The profile's models that are not here yet, and whether they would come."""
+    from .cost_plan import is_here
+
+    here = {name: model for name, model in profile.models.items() if model.ref and is_here(model.ref, model.revision)}
+    absent = {name: model for name, model in profile.models.items() if model.ref and name not in here}
+    findings = [Finding(name, "here") for name in here]
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    remedy = "unset HF_HUB_OFFLINE" if offline else None
+    return findings + [
+        Finding(name, f"not here: {model.download_gb:g} GB from {model.ref} at the first run", remedy)
+        for name, model in absent.items()
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _imports(module: str) -> bool:
+    """Whether a module imports; compiled ones may be installed and still fail."""
+    try:
+        import_module(module)
+    except Exception:  # a broken extension may raise anything
+        return False
+    return True
+
+
+def _memory() -> str:
+    """Memory of the machine, GiB."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return "unknown"
+    return f"{total:.0f} GiB; the project lies in {ROOT}"

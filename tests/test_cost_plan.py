@@ -1,0 +1,99 @@
+"""The cost plan: sizes and passes as published, without a download, and what is done as the records say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shedder_utils import Calibration, ProfileError, Stage, cost_plan, paper, profiles, search, shapes
+from shedder_utils.cost_plan import CostPlan, candidates_by_step
+from shedder_utils.costs import costs
+from shedder_utils.families import random_model
+from shedder_utils.schedule import Schedule
+
+STORED = {"falcon-mamba-7b": 7_272_665_088, "zamba2-2.7b": 2_662_214_560}
+"""Parameters that paper.yaml does not give: Zamba2's without its shared blocks repeated."""
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks the Hub fails at once."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def of_paper(tmp_path_factory: pytest.TempPathFactory) -> CostPlan:
+    """The plan of the paper's profile, with nothing done."""
+    profile = profiles.load("paper")
+    return CostPlan(profile, Schedule(profile, tmp_path_factory.mktemp("runs")))
+
+
+@pytest.mark.parametrize("name", paper.models())
+def test_shapes_are_the_published_ones(name: str) -> None:
+    model, published = shapes.without_weights(profiles.load("paper").models[name]), paper.models()[name]
+    assert next(model.parameters()).is_meta
+    assert model.num_parameters() == published.get("parameters", STORED.get(name))
+    assert len(shapes.work_per_token(model, 512).layers) == published["blocks"]
+
+
+def test_passes_are_those_that_the_paper_needs(of_paper: CostPlan) -> None:
+    passes = {(job.study, job.model): job.passes for job in of_paper.jobs if job.what == "search"}
+    assert passes["block_pruning", "mamba-2.8b"] == 805
+    assert passes["ssm_pruning", "mamba2-2.7b"] == 1260
+    assert passes["hymba_pruning", "hymba-1.5b"] == sum(17 - step for step in range(8))
+    assert passes["zamba2_channels_10", "zamba2-2.7b"] == 72 + 71 + 70 + 20 * 9 + sum(54 - step for step in range(18))
+
+
+def test_passes_are_those_of_the_plain_search() -> None:
+    model = random_model(family="mamba2", layers=4, hidden_size=32, seed=0, vocab_size=40)
+    stages, calibration = [Stage("ssm", 1), Stage("ssm", 1)], Calibration([torch.arange(16).view(2, 8)])
+    found = search(model, calibration, stages, method="plain", progress=False)
+    settings = tuple(profiles.StageSettings(kinds=stage.kinds, steps=stage.steps) for stage in stages)
+    counts = candidates_by_step(model, profiles.Study(table=1, stages=settings, rows={}))
+    assert counts == [4, 3]
+    assert found.provenance["layer_runs_plain"] == sum(counts) * 4 * calibration.sequences
+
+
+def test_work_is_what_a_pass_counts() -> None:
+    for family in ("mamba", "mamba2", "hymba"):
+        model = random_model(family=family, layers=4, hidden_size=32, seed=0, vocab_size=40)
+        counted = costs(model, 32).flops
+        work = shapes.work_per_token(model, 32)
+        ours = 32 * sum(work.layers) + work.head  # the count has the logits of the last token alone
+        assert ours == pytest.approx(counted, rel=0.3 if family == "hymba" else 0.02), family
+
+
+def test_downloads_memory_and_hours(of_paper: CostPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_paper.downloads["mamba-2.8b"] == 11.1
+    assert sum(of_paper.downloads.values()) < of_paper.disk_gb < 60
+    weights = {name: 2 * count / 2**30 for name, count in STORED.items()}
+    for job in of_paper.jobs:
+        assert weights.get(job.model, 0) < job.gib < (80 if job.study == "recovery" else 32), job
+    tuned = {job.model for job in of_paper.jobs if job.study == "recovery"}
+    assert tuned == {"mamba2-2.7b", "zamba2-2.7b", "hymba-1.5b"}
+    hours = [sum(device.hours(job) for job in of_paper.jobs) for device in of_paper.devices]
+    assert 0.5 < hours[2] < hours[1] < hours[0] < 200
+
+
+def test_a_model_that_is_here_is_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cost_plan.is_here("pocket-mamba2")
+    assert not cost_plan.is_here("state-spaces/mamba-2.8b")
+    monkeypatch.setattr(cost_plan, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
+    assert cost_plan.is_here("state-spaces/mamba-2.8b")
+
+
+def test_models_and_studies_narrow_the_plan(tmp_path: Path) -> None:
+    profile = profiles.load("paper")
+    wanted = {"models": ["mamba-2.8b"], "studies": ["ssm_pruning"]}
+    plan = CostPlan(profile, Schedule(profile, tmp_path, **wanted), **wanted)
+    assert {(job.study, job.model) for job in plan.jobs} == {("dense", "mamba-2.8b"), ("ssm_pruning", "mamba-2.8b")}
+    with pytest.raises(ProfileError, match="model 'mamba-3b' is not in the profile: expected one of"):
+        CostPlan(profile, Schedule(profile, tmp_path), ["mamba-3b"])
+
+
+def test_a_hub_model_needs_its_shape() -> None:
+    settings = profiles.ProfileModel(family="Mamba-1", paper="mamba-2.8b", ref="someone/mamba")
+    with pytest.raises(ProfileError, match="expected its 'shape' in the profile"):
+        shapes.without_weights(settings)
