@@ -44,7 +44,7 @@ class Removal(BaseModel):
     """One step of a plan.
 
     component: what went; kept: channels left, for `mlp_channels` only; stage: number of its stage, from 0;
-    score: the metric after this removal (perplexity: lower is better); parameters: how many it takes from the model,
+    score: what the search chose it by, lower is better (see `Plan`); parameters: how many it takes from the model,
     counted as the paper's ratios count them.
     """
 
@@ -60,9 +60,20 @@ class Removal(BaseModel):
 class Plan(BaseModel):
     """The ordered removals for one model.
 
-    model: {ref, family, layers, parameters, fingerprint} of the dense model; calibration: {source, samples, tokens,
-    fingerprint, ...}; stages: the stages asked for; dense_score: the metric before any removal; provenance: how it was
-    made (method, metric, versions, layer runs, ties).
+    model: {ref, type, layers, parameters, dtype, fingerprint} of the dense model; calibration: {name, samples, tokens,
+    fingerprint, ...}; stages: the stages asked for.
+
+    Scores are those of provenance["metric"]. "perplexity" and "kl" are measured by a full pass after the removal
+    (nats for "kl"), and dense_score before any; other metrics are estimates of the component's importance before it
+    went, in units of their own, and dense_score is None. With provenance["one_shot"], all scores are those of a
+    removal from the dense model.
+
+    provenance: how the plan was made. seed: of "random"; ranks: processes. For what is measured also method;
+    layer_runs: layers evaluated, in layers times sequences; layer_runs_plain: those that Algorithm 1 would take;
+    layer_runs_reused: those spared by what was kept from earlier steps; memory_gib: what was allowed to be held; ties:
+    candidates within rounding of the best, settled by full passes. ties_within_error: removals whose choice the
+    calibration data does not support, each with its rivals, which are as good within 1.96 standard errors of the paired
+    difference.
     """
 
     model_config = ConfigDict(extra="forbid")

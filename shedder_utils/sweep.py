@@ -1,22 +1,23 @@
-"""The sweep: the scores of all candidates of a step from one walk through the layers.
+"""The sweep: all candidates of a step from one walk through the layers.
 
 Candidates that differ at layer i share everything before it. So one walk carries the unpruned stream and every
-variant born so far, stacked in the batch, runs each layer once on the stack, and lets each candidate of that layer join
+variant born so far, runs each layer on all of them, many stacked in a batch, and lets each candidate of that layer join
 as a new variant: about half the layer runs of one full pass for each candidate, and large batches. After a removal at
-layer r, all that was computed before r still holds; stacks kept within a memory budget are where the next walk starts.
+layer r, all that was computed before r still holds; kept streams are where the next walk picks variants up.
 
-The scores equal those of full passes to rounding; `search` settles ties within rounding by full passes.
+A memory budget (`search_memory.py`) bounds how many streams are on their way, and which are kept. Where more variants
+would be on their way than it allows, those under way go to the end first: that costs no layer run.
 
-B batch, L tokens, V vocabulary.
+The values equal those of full passes to rounding; `search` settles ties within rounding by full passes.
+
+B batch, L tokens, C candidates, S sequences.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,134 +26,175 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .components import Cut
+from .distributed import gathered, mine
 from .families import Stream, family_of
-from .importance import sequence_losses, to_perplexity
-from .kernels.memory import beside_the_heap, give_back_freed_memory
+from .importance import Measure
+from .kernels.memory import give_back_freed_memory, room_beside_the_heap
 from .removal import removed
-
-TOKENS_AT_ONCE = 8192
-"""How many tokens a layer runs on at once: enough to fill a device."""
+from .search_memory import GIB, TOKENS_AT_ONCE, UNPRUNED, Layout, layout
 
 
 @dataclass
-class Stack:
-    """The streams of several variants before one layer, for one calibration batch.
+class Variant:
+    """The stream of the model without one candidate, for one calibration batch, and the layer runs that led to it."""
 
-    owners: whose B rows follow each other in the stream; the first is None, the model without any candidate removed.
-    """
-
-    owners: list[Cut | None]
     stream: Stream
-    rows: int
+    runs: int = 0
 
-    def of(self, position: int) -> Stream:
-        """The B rows of one owner."""
-        begin = position * self.rows
-        return {name: tensor[begin : begin + self.rows] for name, tensor in self.stream.items()}
 
-    def aside(self) -> Stack:
-        """The stack in memory that the work on layers, which takes and frees much, does not scatter."""
-        return Stack(self.owners, {name: beside_the_heap(t) for name, t in self.stream.items()}, self.rows)
-
-    def only(self, owners: set[Cut | None]) -> Stack:
-        """The stack without the variants of others."""
-        keep = [i for i, owner in enumerate(self.owners) if owner in owners]
-        if len(keep) == len(self.owners):
-            return self
-        return Stack([self.owners[i] for i in keep], _stacked([self.of(i) for i in keep]), self.rows)
+Stack = dict[Cut | None, Variant]
+"""Variants before the same layer, by the candidate that they lack; None is the model without any candidate removed."""
 
 
 class Sweep:
-    """Scores candidates by sweeping; remembers what stays valid from step to step.
+    """Measures candidates by sweeping; remembers what stays valid from step to step.
 
-    memory_gib: what the kept stacks may take. layer_runs: layers evaluated so far, in layers times sequences.
+    memory_gib: what all streams may take. layer_runs: layers evaluated so far, in layers times sequences; reused: those
+    that were spared because their result was kept. Both count all ranks.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, memory_gib: float) -> None:
-        self.model = model
-        self.calibration = calibration
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, measure: Measure, memory_gib: float) -> None:
+        self.model, self.calibration, self.measure = model, calibration, measure
         self.family = family_of(model)
-        self.memory_gib = memory_gib
-        self.layer_runs = 0
-        self.kept: list[dict[int, Stack]] = [{} for _ in calibration.batches]
-        self.scored: set[Cut] = set()
+        self.budget = memory_gib * GIB
+        self.layout, self.places = Layout({}, most=0, spacing=1), dict[int, set[int]]()
+        self.kept: dict[int, dict[int, Stack]] = {number: {} for number, _ in mine(calibration.batches)}
+        self.layer_runs = self.reused = 0
+        self._runs = self._spared = 0
 
-    def scores(self, gone: Sequence[Cut], candidates: Sequence[Cut], progress: tqdm) -> list[float]:
-        """The perplexity without each candidate, for a model without `gone`."""
-        self._keep_for(candidates)
+    def values(self, gone: Sequence[Cut], candidates: Sequence[Cut], progress: tqdm) -> Tensor:
+        """(C, S) float64, the measure without each candidate, for a model without `gone`."""
         at = defaultdict(list)
         for candidate in candidates:
-            at[self.family.layer_of(self.model, candidate.component)].append(candidate)
-        losses: dict[Cut, list[Tensor]] = {candidate: [] for candidate in candidates}
+            at[self._birth(candidate)].append(candidate)
+        self._arrange(at)
+        found = {}
         with removed(self.model, gone):
-            for number, batch in enumerate(self.calibration.batches):
-                for owner, loss in self._walk(number, batch.to(self.model.device), at):
-                    losses[owner].append(loss)
+            for number, batch in mine(self.calibration.batches):
+                self._runs = self._spared = 0
+                own = self._walk(number, batch.to(self.model.device), at)
+                found[number] = torch.stack([own[candidate] for candidate in candidates]), self._runs, self._spared
                 give_back_freed_memory()
                 progress.update()
-        return [to_perplexity(losses[candidate]) for candidate in candidates]
+        values, runs, spared = zip(*gathered(found), strict=True)
+        self.layer_runs += sum(runs)
+        self.reused += sum(spared)
+        return torch.cat(values, dim=1)
 
     def forget(self, removal: Cut) -> None:
-        """Drop what a removal made invalid: the stacks after its layer."""
-        layer = self.family.layer_of(self.model, removal.component)
-        for stacks in self.kept:
-            for index in [index for index in stacks if index > layer]:
+        """Drop what a removal made invalid: what was kept after its layer."""
+        for stacks in self.kept.values():
+            for index in [index for index in stacks if index > self._birth(removal)]:
                 del stacks[index]
 
-    def _keep_for(self, candidates: Sequence[Cut]) -> None:
-        """Keep the stacks that lack no variant of these candidates, without the variants of others."""
-        new = [self.family.layer_of(self.model, cut.component) for cut in candidates if cut not in self.scored]
-        for stacks in self.kept:
+    def _arrange(self, at: dict[int, list[Cut]]) -> None:
+        """Share the budget out anew for more candidates than before, and drop what was kept of others."""
+        births = {layer: len(cuts) for layer, cuts in at.items()}
+        if any(n > self.layout.births.get(layer, 0) for layer, n in births.items()):
+            rows = [self.family.stream_bytes(self.model, batch.shape[1]) * len(batch) for batch in self._batches()]
+            self.layout = layout(births, max(rows, default=1), sum(rows), self.budget)
+            self.places = {birth: set(self.layout.places(birth)) for birth in (UNPRUNED, *births)}
+        wanted = {None, *(cut for cuts in at.values() for cut in cuts)}
+        for stacks in self.kept.values():
             for index, stack in list(stacks.items()):
-                if new and (index > min(new) or None not in stack.owners):
-                    del stacks[index]
+                left = {owner: v for owner, v in stack.items() if owner in wanted and self._has_place(owner, index)}
+                del stacks[index]
+                if left:
+                    stacks[index] = stack if len(left) == len(stack) else _aside(left)
+
+    def _walk(self, number: int, ids: Tensor, at: dict[int, list[Cut]]) -> dict[Cut, Tensor]:
+        """The values (B,) of every candidate on one batch."""
+        joins, births = self._starts(number, ids, at)
+        stack: Stack = {}
+        found: dict[Cut, Tensor] = {}
+        for index in range(min(joins), len(self.family.layers(self.model))):
+            stack |= joins.get(index, {})
+            here = births.get(index, [])
+            while len(stack) > 1 and len(stack) + len(here) > self.layout.most:
+                first = [owner for owner in stack if owner is not None][: self.layout.most]
+                found |= self._to_the_end(number, index, {owner: stack.pop(owner) for owner in first}, ids)
+            stack = self._past(number, index, stack, here)
+            if index == max(births, default=UNPRUNED):
+                del stack[None]  # nothing is born any more, so the unpruned stream has done its work
+        return found | self._measured(number, stack, ids)
+
+    def _starts(
+        self, number: int, ids: Tensor, at: dict[int, list[Cut]]
+    ) -> tuple[dict[int, Stack], dict[int, list[Cut]]]:
+        """Kept variants by the layer where they join the walk, and the candidates that are still to be born."""
+        kept = self.kept[number]
+        joins: dict[int, Stack] = defaultdict(dict)
+        births: dict[int, list[Cut]] = defaultdict(list)
+        for layer, cuts in at.items():
+            for cut in cuts:
+                latest = max((index for index, stack in kept.items() if cut in stack), default=None)
+                if latest is None:
+                    births[layer].append(cut)
                 else:
-                    left = stack.only({None, *candidates})
-                    stacks[index] = stack if left is stack else left.aside()
-        self.scored = set(candidates)
+                    joins[latest][cut] = kept[latest][cut]
+        if births:
+            usable = (index for index, stack in kept.items() if None in stack and index <= min(births))
+            latest = max(usable, default=0)
+            joins[latest][None] = kept[latest][None] if latest else Variant(self.family.start(self.model, ids))
+        self._spared += sum(variant.runs for stack in joins.values() for variant in stack.values())
+        return joins, births
 
-    def _walk(self, number: int, ids: Tensor, at: dict[int, list[Cut]]) -> list[tuple[Cut, Tensor]]:
-        """The losses (B,) of every candidate's variant on one batch."""
-        layers = self.family.layers(self.model)
-        begin = max(self.kept[number], default=0)
-        stack = self.kept[number].get(begin) or Stack([None], self.family.start(self.model, ids), len(ids))
-        stride, last_birth = self._stride(stack.stream, at, len(layers)), max(at)
-        for index in range(begin, len(layers)):
-            if index % stride == 0 and index:
-                self.kept[number][index] = stack.aside()
-            here = at.get(index, [])
-            born = [part for candidate in here for part in self._variant(candidate, stack.of(0))]
-            stack = Stack([*stack.owners, *here], _stacked([*self._step(index, stack.stream), *born]), stack.rows)
-            if index == last_birth:  # nothing is born any more, so the unpruned stream has done its work
-                stack = stack.only(set(stack.owners) - {None})
-        return [
-            (owner, sequence_losses(self.family.finish(self.model, stack.of(position)), ids).cpu())
-            for position, owner in enumerate(stack.owners)
-            if owner is not None
-        ]
+    def _to_the_end(self, number: int, index: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
+        """The values of variants before a layer, among which nothing is born any more."""
+        for later in range(index, len(self.family.layers(self.model))):
+            stack = self._past(number, later, stack, [])
+        return self._measured(number, stack, ids)
 
-    def _variant(self, candidate: Cut, stream: Stream) -> list[Stream]:
-        """The stream after a candidate's layer, without the candidate, in parts."""
-        with removed(self.model, [candidate]):
-            return self._step(self.family.layer_of(self.model, candidate.component), stream)
+    def _measured(self, number: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
+        """The values of variants after the last layer."""
+        found = {}
+        for owner, variant in stack.items():
+            assert owner is not None
+            states = self.family.finish(self.model, variant.stream)
+            found[owner] = self.measure.values(self.model, states, ids, number).cpu()
+        return found
 
-    def _step(self, index: int, stream: Stream) -> list[Stream]:
-        """The stream after a layer, in parts: what a layer needs for itself is bounded, however many are stacked."""
+    def _past(self, number: int, index: int, stack: Stack, here: list[Cut]) -> Stack:
+        """Variants after a layer, with those born there; some are kept as they are before it."""
+        self._keep(number, index, stack)
+        born: Stack = {}
+        for cut in here:
+            with removed(self.model, [cut]):
+                born |= self._step(index, {cut: Variant(stack[None].stream)})
+        return self._step(index, stack) | born
+
+    def _step(self, index: int, stack: Stack) -> Stack:
+        """Variants after a layer, which runs on some at a time, so that what it needs is bounded. Empties `stack`."""
         layer = self.family.layers(self.model)[index]
-        rows, length = stream["hidden"].shape[:2]
-        self.layer_runs += layer_cost(layer) * rows
-        at_once = max(1, TOKENS_AT_ONCE // length)
-        return [
-            self.family.step(self.model, layer, {name: tensor[row : row + at_once] for name, tensor in stream.items()})
-            for row in range(0, rows, at_once)
-        ]
+        after: Stack = {}
+        for group in _groups(stack):
+            before = [stack.pop(owner) for owner in group]
+            rows, runs = len(before[0].stream["hidden"]), [variant.runs for variant in before]
+            joined = _joined(before) if len(before) > 1 else before[0].stream
+            del before
+            stream = self.family.step(self.model, layer, joined)
+            cost = layer_cost(layer) * rows
+            self._runs += cost * len(group)
+            for place, owner in enumerate(group):
+                after[owner] = Variant(_rows(stream, place * rows, rows), runs[place] + cost)
+        return after
 
-    def _stride(self, stream: Stream, at: dict[int, list[Cut]], n_layers: int) -> int:
-        """Every how many layers a stack is kept, so that all of them fit the budget."""
-        row = sum(tensor[:1].nbytes for tensor in stream.values())
-        owners = accumulate((len(at.get(index, ())) for index in range(n_layers)), initial=1)
-        everything = row * self.calibration.sequences * sum(owners)
-        return max(1, math.ceil(everything / (self.memory_gib * 2**30)))
+    def _keep(self, number: int, index: int, stack: Stack) -> None:
+        """Keep those variants that have a place before this layer, and are not kept there yet."""
+        there = self.kept[number].get(index, {})
+        new = {owner: v for owner, v in stack.items() if owner not in there and self._has_place(owner, index)}
+        if new:
+            self.kept[number][index] = there | _aside(new)
+
+    def _has_place(self, owner: Cut | None, index: int) -> bool:
+        return index in self.places[self._birth(owner)]
+
+    def _birth(self, owner: Cut | None) -> int:
+        """The layer at which a variant departs from the unpruned stream."""
+        return UNPRUNED if owner is None else self.family.layer_of(self.model, owner.component)
+
+    def _batches(self) -> list[Tensor]:
+        return [batch for _, batch in mine(self.calibration.batches)]
 
 
 def layer_cost(layer: torch.nn.Module) -> int:
@@ -160,7 +202,38 @@ def layer_cost(layer: torch.nn.Module) -> int:
     return int(any(True for _ in layer.parameters()))
 
 
-def _stacked(streams: list[Stream]) -> Stream:
-    if len(streams) == 1:
-        return streams[0]
-    return {name: torch.cat([stream[name] for stream in streams]) for name in streams[0]}
+def _groups(stack: Stack) -> Iterator[list[Cut | None]]:
+    """The owners of as many variants at a time as a layer takes."""
+    owners = list(stack)
+    rows, length = next(iter(stack.values())).stream["hidden"].shape[:2] if stack else (1, 1)
+    at_once = max(1, TOKENS_AT_ONCE // (rows * length))
+    for first in range(0, len(owners), at_once):
+        yield owners[first : first + at_once]
+
+
+def _joined(variants: Sequence[Variant]) -> Stream:
+    """Variants below each other."""
+    streams = [variant.stream for variant in variants]
+    return {name: torch.cat([stream[name] for stream in streams]) for name in _names(streams)}
+
+
+def _names(streams: Sequence[Stream]) -> list[str]:
+    """The tensors that all of these streams have: what one lacks, no layer to come reads."""
+    return [name for name in streams[0] if all(name in stream for stream in streams)]
+
+
+def _rows(stream: Stream, begin: int, rows: int) -> Stream:
+    return {name: tensor[begin : begin + rows] for name, tensor in stream.items()}
+
+
+def _aside(stack: Stack) -> Stack:
+    """A copy of variants in memory that the work on layers, which takes and frees much, does not scatter."""
+    streams = [variant.stream for variant in stack.values()]
+    rows, kept = len(streams[0]["hidden"]), {}
+    for name in _names(streams):
+        room = room_beside_the_heap(streams[0][name], rows * len(streams))
+        kept[name] = torch.cat([stream[name] for stream in streams], out=room)
+    return {
+        owner: Variant(_rows(kept, place * rows, rows), variant.runs)
+        for place, (owner, variant) in enumerate(stack.items())
+    }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,6 +48,8 @@ class Family(ABC):
 
     models: tuple[str, ...]
     kinds: tuple[str, ...]
+    projections: Mapping[str, tuple[str, ...]] = MappingProxyType({"input": ("in_proj",), "output": ("out_proj",)})
+    """The names of a layer's linear modules by role, which every forward path calls as modules: LoRA's targets."""
 
     def prepare(self, model: PreTrainedModel) -> None:  # noqa: B027
         """Set what a model just built or loaded needs in order to compute as its authors' code does."""
@@ -106,6 +109,11 @@ class Family(ABC):
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:
         """How many parameters are left without a reader when the component is gone."""
 
+    def parameters_apart(self, model: PreTrainedModel, component: Component | None = None) -> int:
+        """How many parameters a component, or the whole model, has where every layer has a private copy of what it
+        shares with others, its adapters merged."""
+        return model.num_parameters() if component is None else self.dead_parameters(model, component)
+
     def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
         """Multiplications and additions of one call of a module that are not those of a weight: scans, attention."""
         return 0.0
@@ -124,4 +132,8 @@ class Family(ABC):
 
     @abstractmethod
     def finish(self, model: PreTrainedModel, stream: Stream) -> Tensor:
-        """Logits (B, L, V) from the stream after the last layer."""
+        """What the vocabulary projection reads, (B, L, D), from the stream after the last layer."""
+
+    def stream_bytes(self, model: PreTrainedModel, tokens: int) -> int:
+        """What the stream of one sequence of so many tokens takes at most between two layers."""
+        return tokens * model.config.hidden_size * model.dtype.itemsize

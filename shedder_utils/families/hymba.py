@@ -109,6 +109,7 @@ class Hymba(Family):
 
     models = ("hymba",)
     kinds = ("hymba_block", "attention", "ssm", "mlp", "mlp_channels")
+    projections = {**Family.projections, "mlp": ("up_proj", "up", "down_proj", "down")}  # noqa: RUF012
 
     def components(self, model: PreTrainedModel) -> list[Component]:
         """Of layers that share keys and values only the last one's block, if not `all_blocks_removable`.
@@ -226,13 +227,13 @@ class Hymba(Family):
         return {"hidden": model.model.with_meta_tokens(model.model.embed_tokens(ids), None)}
 
     def step(self, model: PreTrainedModel, layer: nn.Module, stream: Stream) -> Stream:
-        """Keys and values travel with the stream as long as a layer to come reuses them."""
+        """Keys and values travel with the stream as long as a layer to come reuses them, in memory of their own."""
         here = model.model.this_pass(stream["hidden"], None, None, first=True)
         shared = (stream["keys"], stream["values"]) if "keys" in stream else None
         hidden, shared = layer(stream["hidden"], here, shared)
         if shared is None or not self._reused_later(model, layer.layer_idx):
             return {"hidden": hidden}
-        return {"hidden": hidden, "keys": shared[0], "values": shared[1]}
+        return {"hidden": hidden, "keys": shared[0].contiguous(), "values": shared[1].contiguous()}
 
     def _reused_later(self, model: PreTrainedModel, index: int) -> bool:
         """Whether a layer after this one, its block not removed, reuses the keys and values of this one's group."""
@@ -240,8 +241,14 @@ class Hymba(Family):
         return any(self.layers(model)[other].mamba is not None for other in later)
 
     def finish(self, model: PreTrainedModel, stream: Stream) -> Tensor:
-        text = stream["hidden"][:, model.config.num_memory_tokens :]
-        return model.lm_head(model.model.final_layernorm(text)).float()
+        return model.model.final_layernorm(stream["hidden"][:, model.config.num_memory_tokens :])
+
+    def stream_bytes(self, model: PreTrainedModel, tokens: int) -> int:
+        """With the meta tokens, and the keys and values that later layers reuse."""
+        config = model.config
+        keys_values = config.num_key_value_heads * (config.kq_head_dim + config.v_head_dim)
+        shared = keys_values if any(len(group) > 1 for group in config.kv_reuse_group) else 0
+        return (tokens + config.num_memory_tokens) * (config.hidden_size + shared) * model.dtype.itemsize
 
 
 def _narrow(moe: nn.Module) -> NarrowMLP:

@@ -138,8 +138,12 @@ class MambaLike(Family):
         return {"hidden": layer(stream["hidden"])}
 
     def finish(self, model: PreTrainedModel, stream: Stream) -> Tensor:
-        normed = model.backbone.norm_f(stream["hidden"])
-        return model.lm_head(normed.to(model.lm_head.weight.dtype)).float()
+        return model.backbone.norm_f(stream["hidden"])
+
+    def stream_bytes(self, model: PreTrainedModel, tokens: int) -> int:
+        """The stream of a model in half precision is in float32 all the same, if its configuration says so."""
+        itemsize = 4 if model.config.residual_in_fp32 else model.dtype.itemsize
+        return tokens * model.config.hidden_size * itemsize
 
 
 def first_rows(linear: nn.Linear, rows: int) -> nn.Linear:

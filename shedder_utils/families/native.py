@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
 
 from ..components import Component
 from ..errors import ModelError
@@ -136,15 +136,15 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
 
 
-def tensors(folder: str, config: PretrainedConfig, revision: str | None = None) -> dict[str, Tensor]:
+def tensors(folder: str, config: PretrainedConfig) -> dict[str, Tensor]:
     """The tensors of a native checkpoint under transformers' names, as stored, on the CPU.
 
-    folder: a local folder or a Hub id. Safetensors are preferred; a .bin is read without running anything in it.
+    Safetensors are preferred; a .bin is read without running anything in it.
     Raises ModelError if there are none, if there is more than tensors in them, or if the head differs from the
     embedding that it is tied to.
     """
     found = {name.replace("backbone.embedding.", "backbone.embeddings."): tensor
-             for name, tensor in _read(folder, revision).items()}  # fmt: skip
+             for name, tensor in _read(folder).items()}  # fmt: skip
     if config.tie_word_embeddings and HEAD in found:
         head = found.pop(HEAD)
         if not torch.equal(found.setdefault(EMBEDDING, head), head):
@@ -180,8 +180,8 @@ def missing_components(model: PreTrainedModel, missing: Iterable[str]) -> tuple[
     return gone, rest
 
 
-def _read(folder: str, revision: str | None) -> dict[str, Tensor]:
-    path = next((path for name in WEIGHTS if (path := beside(folder, name, revision))), None)
+def _read(folder: str) -> dict[str, Tensor]:
+    path = next((str(path) for name in WEIGHTS if (path := Path(folder, name)).is_file()), None)
     if path is None:
         raise ModelError(f"model {folder}: no weights: expected {' or '.join(WEIGHTS)} beside config.json")
     try:
@@ -196,11 +196,3 @@ def _read(folder: str, revision: str | None) -> dict[str, Tensor]:
     if not (isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())):
         raise ModelError(f"model {folder}: {path} holds no tensors by name: expected a state dictionary")
     return found
-
-
-def beside(folder: str, name: str, revision: str | None) -> str | None:
-    """The path of a file beside a checkpoint's config.json, downloaded if need be; None if there is none."""
-    try:
-        return cached_file(folder, name, revision=revision)
-    except OSError:
-        return None

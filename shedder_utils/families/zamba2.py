@@ -51,6 +51,7 @@ class Zamba2(Family):
 
     models = ("zamba2",)
     kinds = ("mamba_block", "ssm", *IN_TRANSFORMER)
+    projections = {**Family.projections, "mlp": ("gate_up_proj", "gate", "up", "down_proj", "down")}  # noqa: RUF012
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Take the floor off the step size, as in Zyphra's own code.
@@ -140,6 +141,22 @@ class Zamba2(Family):
         adapters = _count(p for name, p in named.items() if "_adapter_list." in name)
         return _count(named.values()) + (model.config.num_mem_blocks - 1) * adapters
 
+    def parameters_apart(self, model: PreTrainedModel, component: Component | None = None) -> int:
+        if component is None:
+            hybrid: Iterable[Any] = (layer for layer in self.layers(model) if layer is not decoder_of(layer))
+            named = model.named_parameters()
+            outside = _count(parameter for name, parameter in named if ".shared_transformer." not in name)
+            return outside + sum(_merged(layer.shared_transformer) for layer in hybrid)
+        layer = self.layers(model)[self.layer_of(model, component)]
+        if component.kind not in IN_TRANSFORMER:
+            return self.dead_parameters(model, component)
+        block = layer.shared_transformer
+        parts = {
+            "mha": (block.self_attn, block.input_layernorm), "mlp": (block.feed_forward, block.pre_ff_layernorm),
+            "mlp_channels": (block.feed_forward,), "transformer_block": (block, layer.linear),
+        }  # fmt: skip
+        return sum(map(_merged, parts[component.kind]))
+
     def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
         """The scan as in Mamba-2; in the attention, scores and their product with the values at every earlier token."""
         if isinstance(module, modeling_zamba2.Zamba2Attention):
@@ -205,7 +222,11 @@ class Zamba2(Family):
         return next(index for index, other in enumerate(self.layers(model)) if other is layer)
 
     def finish(self, model: PreTrainedModel, stream: Stream) -> Tensor:
-        return model.lm_head(model.model.final_layernorm(stream["hidden"]))
+        return model.model.final_layernorm(stream["hidden"])
+
+    def stream_bytes(self, model: PreTrainedModel, tokens: int) -> int:
+        """With the token embedding, which every hybrid layer reads."""
+        return 2 * super().stream_bytes(model, tokens)
 
 
 def _split(mlp: nn.Module, position: int) -> NarrowMLP:

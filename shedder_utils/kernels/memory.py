@@ -2,7 +2,7 @@
 
 By default glibc gives each large temporary back to the system when it is freed, and the next layer's pays for fresh,
 zeroed pages again: 20 to 30 % of a small model's forward. `keep_freed_memory` tells glibc to keep such blocks on its
-heap. What is meant to stay for long would leave holes of odd sizes between them: `beside_the_heap` puts it elsewhere.
+heap. What is meant to stay for long would leave holes of odd sizes between them; `room_beside_the_heap` is for that.
 """
 
 import ctypes
@@ -33,12 +33,13 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in options])
 
 
-def beside_the_heap(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor in memory of its own, which goes back to the system with it; others are returned as is."""
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return tensor
-    place = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype, count=math.prod(tensor.shape))
-    return place.view(tensor.shape).copy_(tensor)
+def room_beside_the_heap(like: Tensor, rows: int) -> Tensor:
+    """An unfilled tensor of so many rows like those of another; on a CPU in memory of its own, which goes back with it."""
+    shape = (rows, *like.shape[1:])
+    if like.device.type != "cpu" or not math.prod(shape):
+        return like.new_empty(shape)
+    place = mmap.mmap(-1, math.prod(shape) * like.itemsize)
+    return torch.frombuffer(place, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
 def give_back_freed_memory() -> None:

@@ -2,23 +2,27 @@
 
 Each modeling file of transformers has its own `mamba_selective_scan`, `mamba2_chunk_scan`, `causal_conv1d_fn` and
 one-token updates, which its mixers look up as module globals at every call. `install()` replaces these attributes, so
-that all models of these classes, those already built included, use our scans; no class is touched. Inputs our scans do
-not handle (another device, float64, an activation other than SiLU, packed sequences, tracing by torch.compile) go on to
-the original function.
+that all models of these classes, those already built included, use our scans. Of its classes it replaces the `forward`
+of RMS norms, seven passes over the memory, by torch's single one, and of mixers for one token (decode.py). Inputs that
+ours do not handle (another device, float64, an activation other than SiLU, packed sequences, tracing by torch.compile)
+go on to the original function.
 """
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from . import decode
 from .conv import causal_conv
 from .memory import keep_freed_memory
 from .selective_scan import selective_scan
@@ -28,13 +32,20 @@ from .step import can_update, state_update, window_update
 
 Function = Callable[..., Any]
 _FAMILIES = ("mamba", "falcon_mamba", "mamba2", "zamba2")
+SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_originals: dict[tuple[ModuleType, str], Function] = {}
+_originals: dict[tuple[Any, str], Function] = {}
+"""What was there before: by the module or class, and the name of its attribute."""
 
 
 def _supported(*tensors: Tensor | None) -> bool:
     present = [x for x in tensors if x is not None]
     return all(x.device.type == "cpu" and x.dtype in _DTYPES for x in present) and not torch.compiler.is_compiling()
+
+
+def _float32(*tensors: Tensor | None) -> bool:
+    floats = all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
+    return floats and not torch.compiler.is_compiling()
 
 
 def _packed(arguments: dict[str, Any]) -> bool:
@@ -61,7 +72,7 @@ def _mamba_selective_scan(original: Function) -> Function:
         u, dt, B, C = (x.transpose(1, 2) for x in (hidden_states.float(), dt, B, C))
         gate = None if z is None else z.transpose(1, 2)
         y, state = selective_scan(u, dt, A, B, C, D, gate, delta_bias, delta_softplus)
-        return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
+        return (y.transpose(1, 2), state.contiguous()) if return_last_state else y.transpose(1, 2)
 
     return scan
 
@@ -157,13 +168,13 @@ def _mamba2_selective_state_update(original: Function) -> Function:
         **options: Any,
     ) -> Tensor:
         H, P, N = state.shape[1:]
-        supported = _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z) and A.stride()[1:] == (0, 0)
+        by_head = A.stride()[1:] == (0, 0) and dt.stride(-1) == 0 and P % LANES == 0
+        supported = by_head and _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z)
         if not supported or D is None or dt_bias is None or not can_update(state, H * P, N):
             return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **options)
         gate = None if z is None else z.flatten(1)
-        decay = A[..., 0].flatten()  # one per head, repeated over its channels
-        x, dt, D, dt_bias = hidden_states.flatten(1), dt.flatten(1), D.flatten(), dt_bias.flatten()
-        y = state_update(state.view(-1, H * P, N), x, dt, decay, B, C, D, gate, dt_bias, dt_softplus)
+        x, steps, decays = hidden_states.flatten(1), dt[..., 0], A[:, 0, 0]
+        y = state_update(state.view(-1, H * P, N), x, steps, decays, B, C, D[:, 0], gate, dt_bias[:, 0], dt_softplus)
         return y.view(hidden_states.shape).to(hidden_states.dtype)
 
     return update
@@ -189,6 +200,49 @@ def _causal_conv1d_update(original: Function) -> Function:
     return update
 
 
+def _rms_norm(original: Function) -> Function:
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")  # Falcon-Mamba's norms on B, C and dt have none
+        eps = self.eps if weight is None else self.variance_epsilon
+        if not _float32(hidden_states, weight):
+            return original(self, hidden_states)
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
+
+    return forward
+
+
+def _gated_rms_norm(original: Function) -> Function:
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        weight = self.weight
+        if gate is None or not _float32(hidden_states, gate, weight):
+            return original(self, hidden_states, gate)
+        gated, eps = hidden_states * F.silu(gate), self.variance_epsilon
+        if self.group_size == weight.numel():
+            return F.rms_norm(gated, weight.shape, weight, eps)
+        groups = gated.unflatten(-1, (-1, self.group_size))
+        return weight * F.rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2)
+
+    return forward
+
+
+def _mixer(original: Function) -> Function:
+    @functools.wraps(original)
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if cache_params is None or not decode.can_step(self, hidden_states, cache_params, attention_mask):
+            return original(self, hidden_states, cache_params, attention_mask, **options)
+        return decode.step(self, hidden_states, cache_params)
+
+    return forward
+
+
 _REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
     "mamba_selective_scan": _mamba_selective_scan,
     "mamba2_chunk_scan": _mamba2_chunk_scan,
@@ -199,10 +253,21 @@ _REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
 }
 
 
-def _modeling_modules() -> list[ModuleType]:
-    for family in _FAMILIES:
-        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
+_CLASSES = {"RMSNorm": _rms_norm, "RMSNormGated": _gated_rms_norm, "Mixer": _mixer}
+"""What takes the place of a class's `forward`, by the end of the class's name."""
+
+
+def _replaceable() -> Iterator[tuple[Any, str, Callable[[Function], Function]]]:
+    """The functions in transformers' loaded modeling files, and classes of the covered ones: place, name and ours."""
+    covered = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in _FAMILIES]
+    for place, module in list(sys.modules.items()):
+        if place.startswith("transformers.models.") and ".modeling_" in place:
+            yield from ((module, name, ours) for name, ours in _REPLACEMENTS.items() if name in vars(module))
+    for module in covered:
+        for name, found in vars(module).items():
+            for end, ours in _CLASSES.items():
+                if name.endswith(end) and found.__module__ == module.__name__:
+                    yield found, "forward", ours
 
 
 def install() -> None:
@@ -214,18 +279,17 @@ def install() -> None:
     if os.environ.get("SHEDDER_SCAN") == "off":
         return
     keep_freed_memory()
-    for module in _modeling_modules():
-        for name, replacement in _REPLACEMENTS.items():
-            if name in vars(module) and (module, name) not in _originals:
-                _originals[module, name] = vars(module)[name]
-                setattr(module, name, replacement(_originals[module, name]))
+    for place, name, ours in _replaceable():
+        if (place, name) not in _originals:
+            _originals[place, name] = getattr(place, name)
+            setattr(place, name, ours(_originals[place, name]))
 
 
 def uninstall() -> None:
     """Give transformers its own functions back."""
     while _originals:
-        (module, name), original = _originals.popitem()
-        setattr(module, name, original)
+        (place, name), original = _originals.popitem()
+        setattr(place, name, original)
 
 
 @contextmanager
@@ -240,6 +304,23 @@ def installed() -> Iterator[None]:
             uninstall()
 
 
-def active() -> str:
-    """Which scan runs on the CPU, for records: "shedder-numba" or "transformers"."""
-    return "shedder-numba" if _originals else "transformers"
+def active(device: str | torch.device = "cpu") -> str:
+    """Which scan runs on a device, for records: "shedder-numba", "mamba_ssm" or "transformers".
+
+    Ours is for CPUs. On others transformers takes the kernels of mamba_ssm if it could import them, for each of its
+    modeling files at the time when that was imported.
+    """
+    if torch.device(device).type == "cpu":
+        return "shedder-numba" if _originals else "transformers"
+    modules = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in _FAMILIES]
+    scans = [vars(module)[name] for module in modules for name in SCANS if name in vars(module)]
+    return "mamba_ssm" if all(map(_of_mamba_ssm, scans)) else "transformers"
+
+
+def _of_mamba_ssm(scan: Function) -> bool:
+    """Whether behind a function of a modeling file, ours around it set aside, there is a kernel of mamba_ssm."""
+    for (_, name), original in _originals.items():
+        if name in SCANS and getattr(scan, "__wrapped__", None) is original:
+            scan = original
+    chosen = inspect.getclosurevars(scan).nonlocals.get("implementation")
+    return str(getattr(chosen, "__module__", "")).split(".")[0] == "mamba_ssm"

@@ -2,7 +2,7 @@
 
 These run on transformers' own cache layout, state size innermost, so the sixteen lanes lie along the state and each
 channel's output is a horizontal sum. In place and not differentiable. B batch, R channels (Mamba-1: E; Mamba-2: heads
-times head width), G groups, N state size, K convolution taps.
+times head width), H heads, P head width (Mamba-1: H = R, P = 1), G groups, N state size, K convolution taps.
 """
 
 from typing import Any
@@ -36,20 +36,26 @@ _SCALE = np.float32(LOG2_E)
 _ZERO = np.float32(0.0)
 
 
+@njit(error_model="numpy", forceinline=True)
+def _by_head(vector, r0, P):
+    """The values of sixteen channels from one for each head; the sixteen lie in one head, or are a head each."""
+    return load(vector, r0) if P == 1 else spread(vector, r0 // P)
+
+
 @njit(error_model="numpy")
-def _state_task(task, scratch, R, G, N, one_decay, use_softplus, state, x, dt, A, B, C, D, z, bias, y):
+def _state_task(task, scratch, R, P, G, N, one_decay, use_softplus, state, x, dt, A, B, C, D, z, bias, y):
     """Sixteen channels of one sequence."""
     blocks = R // 16
     b = task // blocks
     r0 = (task - b * blocks) * 16
-    delta = load(at(dt, b, 0), r0) + load(bias[0], r0)
+    delta = _by_head(at(dt, b, 0), r0, P) + _by_head(bias[0], r0, P)
     if use_softplus:
         delta = softplus(delta)
     now = load(at(x, b, 0), r0)
     store(scratch, 0, delta * fill(_SCALE))
     store(scratch, 16, delta * now)
     for i in range(16):
-        row, A_row = at(state, b, r0 + i), at(A, r0 + i, 0)
+        row, A_row = at(state, b, r0 + i), at(A, (r0 + i) // P, 0)
         group = (r0 + i) * G // R
         scale, scaled = spread(scratch, i), spread(scratch, 16 + i)
         out = fill(_ZERO)
@@ -61,7 +67,7 @@ def _state_task(task, scratch, R, G, N, one_decay, use_softplus, state, x, dt, A
             store(row, n, h)
             out = fma(h, load(at(C, b, group), n), out)
         store_scalar(scratch, 32 + i, total(out))
-    out = fma(load(D[0], r0), now, load(scratch, 32))
+    out = fma(_by_head(D[0], r0, P), now, load(scratch, 32))
     if z[0]:
         gate = load(at(z, b, 0), r0)
         out = out * (gate * sigmoid(gate))
@@ -92,7 +98,7 @@ def _kernels(stamp: str) -> tuple[Kernel, Kernel]:
         scratch = own_scratch(array)
         task = next_task(array)
         while task >= 0:
-            _state_task(task, scratch, *unpack(array, 5, 10))
+            _state_task(task, scratch, *unpack(array, 6, 10))
             task = next_task(array)
 
     def update_window(array: Any) -> None:
@@ -115,8 +121,10 @@ def can_update(state: Tensor, channels: int, lanes: int) -> bool:
     return fits and state.dtype == torch.float32 and state.is_contiguous() and not torch.is_grad_enabled()
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.float().contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """`x` in float32 with its last dimension contiguous; without a copy wherever that is so."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def state_update(
@@ -134,14 +142,17 @@ def state_update(
     """Advance `state` (B, R, N) by one token, in place.
 
     Returns: the output (B, R), float32.
-    Args: x, dt, z (B, R); A (R, N), or (R,) where a channel has one decay; B, C (B, G, N); D, dt_bias (R,).
+    Args: x, z (B, R); dt (B, H); A (H, N), or (H,) where a head has one decay; B, C (B, G, N); D, dt_bias (H,). H is R,
+    or R is H heads of a multiple of 16 channels.
     """
     batch, R, N = state.shape
-    x, dt, A, B, C, D, dt_bias = (_flat(tensor) for tensor in (x, dt, A, B, C, D, dt_bias))
-    z = None if z is None else _flat(z)
+    x, dt, A, B, C, D, dt_bias = (_rows(tensor) for tensor in (x, dt, A, B, C, D, dt_bias))
+    z = None if z is None else _rows(z)
     y = torch.empty(batch, R)
-    A = A.view(R, -1)
-    integers, tensors = (R, B.shape[1], N, A.shape[1] == 1, softplus), (state, x, dt, A, B, C, D, z, dt_bias, y)
+    H = dt.shape[1]
+    A = A.view(H, -1)
+    integers = (R, R // H, B.shape[1], N, A.shape[1] == 1, softplus)
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias, y)
     _update_state(batch * R // LANES, integers, tensors, scratch=48, work=batch * R * N)
     increment_version(state)
     return y
@@ -154,7 +165,7 @@ def window_update(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu:
     Args: weight (C, K), the last tap being the new token's; bias (C,).
     """
     batch, C, K = window.shape
-    x, weight, bias = _flat(x), _flat(weight), _flat(bias)
+    x, weight, bias = _rows(x), _rows(weight), _rows(bias)
     y = torch.empty(batch, C)
     _update_window(batch * C // LANES, (C, K, silu), (window, x, weight, bias, y), scratch=16, work=batch * C)
     increment_version(window)

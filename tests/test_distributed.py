@@ -1,0 +1,72 @@
+"""Searches with two ranks, started by torchrun: the plan of one rank, and what is left when a rank dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import search_ranks
+
+from shedder_utils import Plan, ShedderError, distributed
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder that two ranks wrote to, and how torchrun ended after one of them was killed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, search_ranks.__file__, str(folder)]
+    return folder, subprocess.run(command, capture_output=True, text=True)
+
+
+def content(plan: Plan) -> str:
+    """A plan's JSON but for how it was found."""
+    return plan.model_dump_json(exclude={"provenance"})
+
+
+@pytest.mark.parametrize("name", [name for name in search_ranks.SEARCHES if name != "killed"])
+def test_two_ranks_find_the_plan_of_one(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, name: str
+) -> None:
+    folder, run = ended
+    assert (folder / f"{name}.rank0").exists(), run.stderr
+    one = search_ranks.run(name, tmp_path)
+    for file in (name, f"{name}.rank0", f"{name}.rank1"):
+        two = Plan.load(folder / file)
+        assert content(two) == content(one)
+        assert two.provenance["ranks"] == 2
+        assert two.provenance.get("layer_runs") == one.provenance.get("layer_runs")
+        assert two.provenance["ties_within_error"] == one.provenance["ties_within_error"]
+
+
+def test_only_the_first_rank_shows_progress(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, run = ended
+    shown = [line for line in run.stderr.replace("\r", "\n").split("\n") if "removal 1 of 4:" in line and " 0%" in line]
+    assert len(shown) == 2  # of the searches that ask for four removals, one line each
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_search_goes_on(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, run = ended
+    assert run.returncode != 0
+    assert "error: rank 0 of 2 stops: another process of this run has ended" in run.stderr
+    assert "the search goes on from its last step" in run.stderr
+    assert not (folder / "killed.rank0").exists()
+    assert len(Plan.load(folder / "killed")) == 2
+    whole = search_ranks.run("fast", tmp_path)
+    assert content(search_ranks.run("killed", folder)) == content(whole)
+    assert json.loads((folder / "killed").read_text())["provenance"]["ranks"] == 2  # as it was begun
+
+
+def test_without_torchrun_nothing_changes() -> None:
+    assert distributed.start("cpu") == "cpu"
+    assert (distributed.rank(), distributed.ranks()) == (0, 1)
+    assert distributed.mine("abc") == [(0, "a"), (1, "b"), (2, "c")]
+    assert distributed.gathered({2: "c", 0: "a"}) == ["a", "c"]
+    with pytest.raises(ShedderError, match="as it is"):
+        distributed.on_first(lambda: (_ for _ in ()).throw(ShedderError("as it is")))
+    distributed.stop()
