@@ -21,7 +21,7 @@ from .profiles import Profile
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from jupyter_client import KernelManager
+    from jupyter_client.manager import KernelManager
 
 FOLDER = ROOT / "notebooks"
 
@@ -109,7 +109,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
 @contextmanager
 def _kernel() -> Iterator[KernelManager]:
     """A Python kernel in the project's root, for as long as the body runs; nothing is kept of what it executes."""
-    from jupyter_client import KernelManager
+    from jupyter_client.manager import KernelManager
 
     kernel = KernelManager(kernel_name="python3")
     kernel.start_kernel(cwd=str(ROOT), extra_arguments=["--HistoryManager.hist_file=:memory:"])

@@ -56,18 +56,19 @@ class Cost(_Facts):
 def environment(scan: str | None = None, device: str = "cpu") -> Environment:
     """Describe this machine and its versions.
 
-    scan: name of the scan that ran; None asks `shedder_utils.kernels`. device: name of the device that computed.
+    scan: name of the scan that ran; None asks `shedder_utils.kernels`. device: where it computed, such as "cuda:0"; a
+    GPU is described by its name.
     """
     import torch
 
     if scan is None:
         from . import kernels
 
-        scan = kernels.active()
+        scan = kernels.active(device)
     versions = {name: _version(package) for name, package in PACKAGES.items()}
     return Environment(
         python=platform.python_version(),
-        device=device,
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         cpu=_cpu_name(),
         scan=scan,
         threads=torch.get_num_threads(),
@@ -89,22 +90,31 @@ class Meter:
     cost: Cost
 
     def __enter__(self) -> "Meter":
-        _reset_peak()
+        global _earlier_mib
+        reset_peak()
+        _earlier_mib = 0.0
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         seconds = time.perf_counter() - self._started
-        self.cost = Cost(seconds=round(seconds, 3), peak_mib=round(_peak_mib(), 1))
+        self.cost = Cost(seconds=round(seconds, 3), peak_mib=round(max(_earlier_mib, peak_mib()), 1))
 
 
-def _reset_peak() -> None:
+_earlier_mib = 0.0
+"""The highest of the peaks that were reset inside the body of a `Meter`."""
+
+
+def reset_peak() -> None:
     """Start the kernel's high-water mark anew (Linux); elsewhere the mark is that of the whole process."""
+    global _earlier_mib
+    _earlier_mib = max(_earlier_mib, peak_mib())
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
+    """The highest resident memory of the process, in MiB, since `reset_peak`."""
     if sys.platform == "linux":
         return int(_proc_field("/proc/self/status", "VmHWM").removesuffix(" kB")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

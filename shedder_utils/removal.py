@@ -40,8 +40,11 @@ def check(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, in
     """Refuse components that cannot go together from a model.
 
     Raises PlanError for one that the model does not have, one removed twice, one inside another that goes too, one that
-    what stays cannot do without, and a number of MLP channels to keep that is not below the MLP's width.
+    what stays cannot do without, a number of MLP channels to keep that is not below the MLP's width, and a model with
+    adapters.
     """
+    if model._hf_peft_config_loaded:
+        raise PlanError("this model has LoRA adapters, which removal would not see: merge them first")
     there, kept = set(components(model)), cuts(gone)
     counts = Counter(component for component, _ in kept)
     if conflict := family_of(model).conflict(model, counts):
@@ -72,13 +75,15 @@ def _check_kept(component: Component, kept: int, width: int) -> None:
 
 
 @contextmanager
-def removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> Iterator[PreTrainedModel]:
+def removed(
+    model: PreTrainedModel, components: Iterable[Component | tuple[Component, int]]
+) -> Iterator[PreTrainedModel]:
     """Inside, `model` computes as if the components were gone; afterwards it is bit for bit what it was.
 
-    gone: components; for `mlp_channels`, pairs of a component and the number of channels that stay.
+    components: may be none; for `mlp_channels`, pairs of a component and the number of channels that stay.
     The pruned counterparts share the model's parameters. Raises PlanError (see `check`) before anything changes.
     """
-    gone = cuts(gone)
+    gone = cuts(components)
     check(model, gone)
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     outermost = bool(gone) and not is_masked(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import kernels, profiles
@@ -31,6 +32,7 @@ from .pocket.tokenizer import load_tokenizer
 from .profiles import Profile, Study
 from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
 from .removal import components, removed
+from .schedule import report_progress
 from .search import search
 from .surgery import extract
 
@@ -60,7 +62,10 @@ class Workbench:
             kernels.install()
             tokenizer = load_tokenizer()
             return random_model(**settings.random.model_dump(), vocab_size=len(tokenizer)), tokenizer
-        model, tokenizer = load_model(settings.ref or self.name)
+        dtype = getattr(torch, self.profile.dtype) if self.profile.dtype else None
+        model, tokenizer = load_model(
+            settings.ref or self.name, device=self.profile.device, dtype=dtype, revision=settings.revision
+        )
         if tokenizer is None:
             raise ProfileError(f"profile {self.profile.name}: model {self.name} has no tokenizer, studies need one")
         return model, tokenizer
@@ -78,7 +83,7 @@ class Workbench:
     @cached_property
     def calibration(self) -> Calibration:
         """The calibration data of the profile."""
-        return calibrate(tokenizer=self.tokenizer, **self.profile.calibration.model_dump())
+        return calibrate(tokenizer=self.tokenizer, **self.profile.calibration_of(self.name).model_dump())
 
     @cached_property
     def prose(self) -> Calibration:
@@ -105,6 +110,7 @@ class Workbench:
         model = ModelFacts(
             name=self.name,
             ref=settings.ref or f"random:{self.name}",
+            revision=getattr(self.model.config, "_commit_hash", None),
             dtype=str(self.model.dtype).removeprefix("torch."),
             fingerprint=self._fingerprint,
             parameters_dense=dense,
@@ -113,7 +119,11 @@ class Workbench:
             removals=tuple(map(str, gone)),
         )
         request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
-        return recorded(self.output, request, lambda: compute(request), force=self.force)[0]
+        device = str(self.model.device)
+        record, computed = recorded(self.output, request, lambda: compute(request), force=self.force, device=device)
+        if computed:
+            report_progress(self.profile, self.output, record)
+        return record
 
 
 def workbenches(
@@ -156,9 +166,8 @@ def pruning(bench: Workbench, study: str) -> dict[int, Record]:
     study: such as "block_pruning" (table 1) or "ssm_pruning" (table 2). Returns the scores' records by number of
     removals; the dense model's is the one at 0. Raises ProfileError for a study that the profile does not have.
     """
-    plan = removal_order(bench, study)
-    counts = bench.profile.studies[study].rows[bench.name]
-    return {n: _scores(bench, study, f"{n:02d}_removed", plan.first(n).gone) if n else dense(bench) for n in counts}
+    removal_order(bench, study)
+    return {n: pruned_scores(bench, study, n) for n in bench.profile.studies[study].rows[bench.name]}
 
 
 def _study(profile: Profile, name: str) -> Study:
@@ -168,12 +177,13 @@ def _study(profile: Profile, name: str) -> Study:
     return profile.studies[name]
 
 
-def speed(bench: Workbench, table: int) -> Record:
+def speed(bench: Workbench, table: int | str) -> Record:
     """Prefill and decode of the model less some of a study's removals, timed against the dense one: tables 6 to 9.
 
     Metrics are by number of removals and phase, such as "5/decode/speedup", with its interval ("low", "high"), the
-    seconds of one prefill and one token, and the ideal speedup; "again" is the dense model's second run. Raises
-    ProfileError for a table that is not about this model.
+    seconds of one prefill and one token, and the ideal speedup; "again" is the dense model's second run. Without a
+    phase: parameters, bytes on disk, bytes of the prompt's cache, and peak memory. Raises ProfileError for a table
+    that is not about this model.
     """
     settings = bench.profile.speed
     if settings is None or table not in settings.tables or settings.tables[table].model != bench.name:
@@ -191,7 +201,7 @@ def speed(bench: Workbench, table: int) -> Record:
             models, prompt_tokens=settings.prompt_tokens, new_tokens=about.new_tokens, batches=settings.batches
         )
         work = {name: costs(model, settings.prompt_tokens) for name, model in models.items()}
-        return Outcome(metrics=_speeds(timings, work))
+        return Outcome(metrics=_speeds(timings, work) | _sizes(models))
 
     return bench.record(SPEED, f"table_{table}", spec, {}, [], compute)
 
@@ -214,7 +224,15 @@ def _speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
         found[f"{name}/decode/ideal"] = dense.decode_bytes / cost.decode_bytes
         found[f"{name}/cache_bytes"] = cost.cache_bytes
         found[f"{name}/weight_bytes"] = cost.weight_bytes
+    found |= {f"{name}/peak_mib": peak for name, peak in timings.peak_mib.items()}
     return {name: Metric(value=float(value)) for name, value in found.items()}
+
+
+def _sizes(models: dict[str, PreTrainedModel]) -> dict[str, Metric]:
+    """Unique parameters, and their bytes."""
+    sizes = {f"{name}/parameters": model.num_parameters() for name, model in models.items()}
+    sizes |= {f"{name}/bytes": sum(one.nbytes for one in model.parameters()) for name, model in models.items()}
+    return {name: Metric(value=float(value)) for name, value in sizes.items()}
 
 
 def removal_order(bench: Workbench, study: str) -> Plan:
@@ -224,7 +242,7 @@ def removal_order(bench: Workbench, study: str) -> Plan:
         raise ProfileError(f"study {study} is not about {bench.name}: expected one of {', '.join(settings.rows)}")
     spec = {
         "stages": [stage.model_dump(mode="json", exclude_none=True) for stage in settings.stages],
-        "calibration": bench.profile.calibration.model_dump(),
+        "calibration": bench.profile.calibration_of(bench.name).model_dump(),
     }
     data = {"calibration": _facts(bench.calibration)}
 
@@ -235,36 +253,51 @@ def removal_order(bench: Workbench, study: str) -> Plan:
         if bench.force:
             checkpoint.unlink(missing_ok=True)
         stages = [Stage(**stage.model_dump(exclude_none=True)) for stage in settings.stages]
-        plan = search(bench.model, bench.calibration, stages, checkpoint=checkpoint)
+        plan = search(
+            bench.model, bench.calibration, stages, checkpoint=checkpoint, memory_gib=bench.profile.search_gib
+        )
         checkpoint.unlink()
         return Outcome(metrics={}, plan=plan.model_dump(mode="json"))
 
     return Plan.model_validate(bench.record(study, SEARCH, spec, data, [], compute).plan)
 
 
+def pruned_scores(bench: Workbench, study: str, n_removed: int) -> Record:
+    """The scores after the first n removals of a study."""
+    gone = removal_order(bench, study).first(n_removed).gone
+    return _scores(bench, study, f"{n_removed:02d}_removed", gone) if n_removed else dense(bench)
+
+
 def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Cut]) -> Record:
     """The record of lm-eval's scores and the prose perplexity of the model less some components."""
+
+    def compute(_: Request) -> Outcome:
+        with removed(bench.model, gone):
+            return Outcome(metrics=scores_of(bench, bench.model))
+
+    return bench.record(study, setting, *evaluation_inputs(bench), gone, compute)
+
+
+def evaluation_inputs(bench: Workbench) -> tuple[dict[str, Any], dict[str, DataFacts]]:
+    """The settings and the data behind scores, as a record keeps them."""
     settings = bench.profile.evaluation
     pocket = tuple(task for task in settings.task_names if task in TASKS)
     data = {
         "prose": _facts(bench.prose),
         "tasks": DataFacts(name=", ".join(settings.task_names), fingerprint=tasks_fingerprint(pocket)),
     }
-    spec = {"tasks": settings.task_names, "limit": settings.limit, "prose": settings.prose.model_dump()}
+    return {"tasks": settings.task_names, "limit": settings.limit, "prose": settings.prose.model_dump()}, data
 
-    def compute(_: Request) -> Outcome:
-        with removed(bench.model, gone):
-            scores = evaluate(
-                bench.model, bench.tokenizer, settings.task_names, limit=settings.limit, batch_size=settings.batch_size
-            )
-            prose = perplexity(bench.model, bench.prose)
-        metrics = {
-            f"{task}/{metric}": Metric(value=score.value, stderr=score.stderr, n=score.n)
-            for (task, metric), score in scores.items()
-        }
-        return Outcome(metrics={**metrics, "prose/perplexity": Metric(value=prose, n=bench.prose.sequences)})
 
-    return bench.record(study, setting, spec, data, gone, compute)
+def scores_of(bench: Workbench, model: PreTrainedModel) -> dict[str, Metric]:
+    """lm-eval's scores and the prose perplexity of a model, on the tasks of the profile."""
+    settings = bench.profile.evaluation
+    scores = evaluate(model, bench.tokenizer, settings.task_names, limit=settings.limit, batch_size=settings.batch_size)
+    metrics = {
+        f"{task}/{metric}": Metric(value=score.value, stderr=score.stderr, n=score.n)
+        for (task, metric), score in scores.items()
+    }
+    return {**metrics, "prose/perplexity": Metric(value=perplexity(model, bench.prose), n=bench.prose.sequences)}
 
 
 def _facts(data: Calibration) -> DataFacts:

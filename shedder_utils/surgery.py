@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .components import KINDS, Component, Cut
+from .adapters import has_adapters
+from .components import Component, Cut
 from .errors import ModelError, PlanError
+from .evaluation import Score
 from .families import family_of
 from .families.mamba_like import MixerWithoutSSM
 from .files import write_atomically
 from .loading import PRUNED_TYPE, local_folder
+from .model_card import model_card
 from .plan import Plan
 from .removal import is_masked, prune, removed, settle
 
@@ -56,18 +58,27 @@ def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> Pre
     return pruned
 
 
-def save_pruned(model: PreTrainedModel, folder: str | Path, *, portable: bool = False) -> None:
+def save_pruned(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    portable: bool = False,
+    scores: Mapping[tuple[str, str], Score] | None = None,
+) -> None:
     """Write a model that `extract` returned: safetensors, what it lacks in config.json, a model card, its tokenizer.
 
     `load_model` reads it back, with equal logits. Where only whole Mamba blocks went, stock transformers reads it too;
     with `portable` it does so for a model without SSMs as well, which is then stored at dense size with scans that
     return their input (B = 0, D = 1). Of anything else it says that it does not know the model type.
+    The model card has the plan's removals and scores; scores: those of `evaluate` on this model, for the card.
     The tokenizer is copied if the model came from a folder that has one.
     Raises ModelError for a model that is not pruned, or only masked; PlanError if it cannot be portable.
     """
     record = getattr(model.config, "pruned", None)
     if record is None or is_masked(model):
         raise ModelError("save_pruned: this model is not pruned for good: extract() it first, or use save_pretrained()")
+    if has_adapters(model):
+        raise ModelError("save_pruned: this model has LoRA adapters: merge them, or save_pretrained() them alone")
     gone = [Cut.parse(cut).component for cut in record["removed"]]
     stock = [family_of(model).stock_without(model, component) for component in gone]
     if portable:
@@ -84,57 +95,8 @@ def save_pruned(model: PreTrainedModel, folder: str | Path, *, portable: bool = 
     elif not all(stock):
         settings["model_type"] = PRUNED_TYPE + settings["model_type"]
     write_atomically(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    write_atomically(folder / "README.md", model_card(model, in_stock=portable or all(stock)))
+    write_atomically(folder / "README.md", model_card(model, in_stock=portable or all(stock), scores=scores))
     _copy_tokenizer(model, folder)
-
-
-def model_card(model: PreTrainedModel, *, in_stock: bool) -> str:
-    """The model card of a pruned model, as Markdown: what went, what that left, and how to load it.
-
-    in_stock: whether it loads in stock transformers.
-    """
-    record = model.config.pruned
-    plan = Plan.model_validate(record.get("plan", {}))
-    base = plan.model.get("ref") or model.config._name_or_path
-    before, after = record["parameters"], model.num_parameters()
-    tags = "\n".join(f"- {tag}" for tag in ("mamba-shedder", "pruned", model.config.model_type))
-    lines = [
-        "---", "library_name: transformers", "tags:", tags, "---", "",
-        f"# {Path(base).name or model.config.model_type}, pruned", "",
-        f"A {model.config.model_type} model ({base or 'unnamed'}) without components that it can do without, found as "
-        "in Mamba-Shedder (Muñoz, Yuan and Jain, 2025).", "",
-        "| removed | which | count |", "|---|---|---|", *_removed_rows(record["removed"]), "",
-        f"Parameters: {after:,} of {before:,} ({after / before:.1%}).",
-        *_scores(plan), "",
-        "Numbers are those of the dense model's layers, of its hybrid positions for parts of Zamba2's Transformer "
-        "blocks; `mlp_channels` are given as MLP/channels left.", "",
-        "```python", *_loading_lines(in_stock), "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _removed_rows(removed_names: Iterable[str]) -> list[str]:
-    by_kind = defaultdict(list)
-    for name in removed_names:
-        kind, _, which = name.partition(":")
-        by_kind[kind].append(which)
-    return [f"| {kind} ({KINDS[kind]}) | {', '.join(which)} | {len(which)} |" for kind, which in by_kind.items()]
-
-
-def _scores(plan: Plan) -> list[str]:
-    if plan.dense_score is None or not plan.removals or plan.removals[-1].score is None:
-        return []
-    metric = plan.provenance.get("metric", "perplexity")
-    return [
-        f"Calibration {metric}: {plan.dense_score:.4g} before, {plan.removals[-1].score:.4g} after "
-        f"({plan.calibration.get('source', 'source not recorded')})."
-    ]
-
-
-def _loading_lines(in_stock: bool) -> list[str]:
-    stock = ["from transformers import AutoModelForCausalLM", "model = AutoModelForCausalLM.from_pretrained(folder)"]
-    own = ["from shedder_utils import load_model", "model, tokenizer = load_model(folder)"]
-    return [*own, "", "# or without this package", *stock] if in_stock else own
 
 
 def _check_dense(model: PreTrainedModel) -> None:

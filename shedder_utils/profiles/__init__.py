@@ -265,8 +265,8 @@ class Profile(_Settings):
                 raise ValueError(f"speed, table {number}: no study {table.study!r} of a model {table.model!r}")
         for number, tuned in self.recovery.tables.items() if self.recovery else ():
             for row in tuned.rows:
-                study = self.studies.get(row.study)
-                if study is None or row.removed not in study.rows.get(tuned.model, {}):
+                pruned = self.studies.get(row.study)
+                if pruned is None or row.removed not in pruned.rows.get(tuned.model, {}):
                     where = f"{tuned.model} with {row.removed} removed"
                     raise ValueError(f"recovery, table {number}: {where} is no row of a study {row.study!r}")
         return self

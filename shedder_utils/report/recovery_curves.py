@@ -34,7 +34,7 @@ def draw(runs: Runs) -> Drawing:
         raise DataError(f"recovery curves: profile {runs.profile.name} tunes no model")
     tables = runs.profile.recovery.tables
     with style():
-        figure = Figure(figsize=(PAGE, 2.9))
+        figure = Figure(figsize=(PAGE, 3.3))
         panels = figure.subplots(1, len(tables), squeeze=False)[0]
         drawn = [record for axes, number in zip(panels, sorted(tables), strict=True)
                  for record in _panel(axes, runs, tables[number])]  # fmt: skip
@@ -50,13 +50,13 @@ def _panel(axes: Axes, runs: Runs, about: RecoveryTable) -> list[Record]:
     for (state, record), shade in zip(drawn.items(), (1.0, 1.0, 0.55, 0.3), strict=False):
         pruned: dict[str, Any] = {"linestyle": "-", "color": look.color, "alpha": shade}
         options = pruned if state.row else {"linestyle": "--", "color": CONTROL}
-        _curve(axes, record, str(state), look.marker, options)
+        _curve(axes, record, str(State(False, state.row)), look.marker, options)
     axes.set_title(f"{about.model} ({about.recipe.method})", color=look.color)
     axes.set_xlabel("updates")
     if State(True) in drawn:
         axes.axhline(losses(drawn[State(True)])[0], color=CONTROL, linestyle=":")
     if drawn:
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=6)
     else:
         axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
     return list(drawn.values())
