@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from . import provenance
 from .errors import ModelError
 from .importance import evaluating
 from .removal import is_masked
@@ -44,11 +45,14 @@ class Speedup:
 class Timings:
     """Seconds by model and phase, one for each round: of a whole prefill, and of one decoded token.
 
-    The first model is the reference; the reference's name with `AGAIN` holds its second run.
+    The first model is the reference; the reference's name with `AGAIN` holds its second run. peak_mib: by model, the
+    most memory in use while it ran: on a CPU of the whole process, with all models that are compared; on a CUDA device
+    what torch had given out there.
     """
 
     reference: str
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
 
     def speedup(self, model: str, phase: str) -> Speedup:
         """How many times faster than the reference a model is in a phase."""
@@ -58,14 +62,15 @@ class Timings:
         return Speedup(float(np.median(rounds)), float(low), float(high))
 
     def table(self) -> pd.DataFrame:
-        """One row for each model and phase: quartiles in milliseconds, the speedup and its interval."""
+        """One row for each model and phase: quartiles in milliseconds, the speedup, its interval, peak memory."""
         rows = []
         for model, phases in self.seconds.items():
             for phase, seconds in phases.items():
                 quartiles = np.percentile(seconds, (25, 50, 75)) * 1e3
                 speedup = self.speedup(model, phase)
-                rows.append((model, phase, *quartiles, speedup.value, speedup.low, speedup.high))
-        columns = ["model", "phase", "ms_25", "ms_median", "ms_75", "speedup", "low", "high"]
+                interval = (speedup.value, speedup.low, speedup.high)
+                rows.append((model, phase, *quartiles, *interval, self.peak_mib.get(model)))
+        columns = ["model", "phase", "ms_25", "ms_median", "ms_75", "speedup", "low", "high", "peak_mib"]
         return pd.DataFrame(rows, columns=columns).set_index(["model", "phase"])
 
 
@@ -100,35 +105,37 @@ def benchmark(
         prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds = _once(runs[name], prompt, new_tokens)
+            *seconds, peak = _once(runs[name], prompt, new_tokens)
+            timings.peak_mib[name] = max(peak, timings.peak_mib.get(name, 0.0))
             if number >= 0:
                 for phase, value in zip(PHASES, seconds, strict=True):
                     timings.seconds[name][phase].append(value)
     return timings
 
 
-def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of one token of the greedy decoding after it."""
+def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, float]:
+    """Seconds of one prefill, and of one token of the greedy decoding after it; the peak of memory in MiB."""
     with evaluating(model):
-        clock = _CudaClock() if model.device.type == "cuda" else _Clock()
-        clock.mark()
+        meter = _CudaMeter(model.device) if model.device.type == "cuda" else _Meter()
+        meter.mark()
         output = model(prompt.to(model.device), use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
-        clock.mark()
+        meter.mark()
         held = "cache_params" if "cache_params" in output else "past_key_values"
         cache = output[held]
         for _ in range(new_tokens - 1):
             token = model(token, use_cache=True, **{held: cache}).logits[:, -1:].argmax(-1)
-        clock.mark()
-    prefill, decode = clock.seconds()
-    return prefill, decode / (new_tokens - 1)
+        meter.mark()
+    prefill, decode = meter.seconds()
+    return prefill, decode / (new_tokens - 1), meter.peak_mib()
 
 
-class _Clock:
-    """Seconds between marks."""
+class _Meter:
+    """Seconds between marks, and the process's peak of memory since the start."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
+        provenance.reset_peak()
 
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
@@ -136,12 +143,17 @@ class _Clock:
     def seconds(self) -> list[float]:
         return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
+    def peak_mib(self) -> float:
+        return provenance.peak_mib()
 
-class _CudaClock:
-    """The same from events on the device, which runs behind the program."""
 
-    def __init__(self) -> None:
+class _CudaMeter:
+    """The same from events on the device, which runs behind the program, and from torch's own count of its memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.marks: list[torch.cuda.Event] = []
+        torch.cuda.reset_peak_memory_stats(device)
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -151,3 +163,6 @@ class _CudaClock:
     def seconds(self) -> list[float]:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+    def peak_mib(self) -> float:
+        return torch.cuda.max_memory_allocated(self.device) / 2**20

@@ -27,17 +27,19 @@ class Costs:
     """Of a prompt at batch 1, and of one token decoded after it.
 
     flops: multiplications and additions of the prefill, with the logits of the last token alone; weight_bytes: weights
-    read for one decoded token; cache_bytes: what the cache holds after the prompt.
+    read for one decoded token; cache_bytes: what the cache holds after the prompt, attention_bytes: the part of it that
+    is keys and values.
     """
 
     flops: float
     weight_bytes: int
     cache_bytes: int
+    attention_bytes: int
 
     @property
     def decode_bytes(self) -> int:
-        """Memory traffic of one decoded token: weights read, cache read and written."""
-        return self.weight_bytes + 2 * self.cache_bytes
+        """Memory traffic of one decoded token: weights, keys and values are read, states read and written."""
+        return self.weight_bytes + 2 * self.cache_bytes - self.attention_bytes
 
 
 def costs(model: PreTrainedModel, prompt_tokens: int = 512) -> Costs:
@@ -47,15 +49,16 @@ def costs(model: PreTrainedModel, prompt_tokens: int = 512) -> Costs:
         with _counting(model) as prefill:
             output = model(prompt, use_cache=True, logits_to_keep=1)
         held = "cache_params" if "cache_params" in output else "past_key_values"
-        size = cache_bytes(output[held])
+        size, attended = cache_bytes(output[held]), cache_bytes(output[held], ("keys", "values"))
         with _counting(model) as decode:
             model(prompt[:, :1], use_cache=True, **{held: output[held]})
-    return Costs(prefill.flops, decode.weight_bytes, size)
+    return Costs(prefill.flops, decode.weight_bytes, size, attended)
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of everything a cache holds: keys and values, states of convolutions and of scans."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
+def cache_bytes(cache: Cache, names: tuple[str, ...] = ()) -> int:
+    """Bytes that a cache holds: keys and values, states of convolutions and of scans; or only what has these names."""
+    held = (value for layer in cache.layers for name, value in vars(layer).items() if not names or name in names)
+    return sum(tensor.nbytes for value in held for tensor in _tensors(value))
 
 
 def _tensors(held: object) -> Iterator[Tensor]:

@@ -66,7 +66,7 @@ def instructions(
     """
     name = str(source) if isinstance(source, (str, Path)) else "rows"
     rows = _read(source) if isinstance(source, (str, Path)) else list(source)
-    examples = [_example(row, tokenizer, max_length, f"{name}, row {i}") for i, row in enumerate(rows)]
+    examples = _examples(rows, tokenizer, max_length, name)
     fitting = [example for example in examples if len(example.ids) > example.n_prompt]
     if len(fitting) <= held_out:
         raise DataError(
@@ -102,20 +102,25 @@ def collate(examples: Sequence[Example], loss_on: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def _example(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, place: str) -> Example:
-    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in ("instruction", "output")):
-        raise DataError(f"recovery data {place}: expected Alpaca's columns instruction, input and output as texts")
-    prompt = prompt_of(row)
-    ids = _tokens(tokenizer, prompt + row["output"])
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    return Example(tuple(ids[:max_length]), len(_tokens(tokenizer, prompt)))
+def _examples(rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> list[Example]:
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
+            raise DataError(
+                f"recovery data {name}, row {i}: expected Alpaca's columns instruction, input and output as texts"
+            )
+    prompts = [prompt_of(row) for row in rows]
+    wholes = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        Example(tuple([*ids, *end][:max_length]), len(prompt_ids))
+        for ids, prompt_ids in zip(_tokens(tokenizer, wholes), _tokens(tokenizer, prompts), strict=True)
+    ]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text, begun as the tokenizer begins one, and without an end token."""
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, each begun as the tokenizer begins one, and without an end token."""
+    found: list[list[int]] = tokenizer(texts, verbose=False).input_ids if texts else []
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in found]
 
 
 def _read(source: str | Path) -> list[Any]:

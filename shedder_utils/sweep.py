@@ -30,6 +30,7 @@ from .distributed import gathered, mine
 from .families import Stream, family_of
 from .importance import Measure
 from .kernels.memory import give_back_freed_memory, room_beside_the_heap
+from .out_of_memory import once_smaller
 from .removal import removed
 from .search_memory import GIB, TOKENS_AT_ONCE, UNPRUNED, Layout, layout
 
@@ -68,18 +69,32 @@ class Sweep:
         for candidate in candidates:
             at[self._birth(candidate)].append(candidate)
         self._arrange(at)
-        found = {}
         with removed(self.model, gone):
-            for number, batch in mine(self.calibration.batches):
-                self._runs = self._spared = 0
-                own = self._walk(number, batch.to(self.model.device), at)
-                found[number] = torch.stack([own[candidate] for candidate in candidates]), self._runs, self._spared
-                give_back_freed_memory()
-                progress.update()
+            found = once_smaller(lambda: self._walks(at, candidates, progress), lambda: self._shrink(at))
         values, runs, spared = zip(*gathered(found), strict=True)
         self.layer_runs += sum(runs)
         self.reused += sum(spared)
         return torch.cat(values, dim=1)
+
+    def _walks(
+        self, at: dict[int, list[Cut]], candidates: Sequence[Cut], progress: tqdm
+    ) -> dict[int, tuple[Tensor, int, int]]:
+        """By batch, the values (C, B), the layer runs, and those that were spared."""
+        found = {}
+        for number, batch in mine(self.calibration.batches):
+            self._runs = self._spared = 0
+            own = self._walk(number, batch.to(self.model.device), at)
+            found[number] = torch.stack([own[candidate] for candidate in candidates]), self._runs, self._spared
+            give_back_freed_memory()
+            progress.update()
+        return found
+
+    def _shrink(self, at: dict[int, list[Cut]]) -> str:
+        """Go on with half the budget, and nothing kept."""
+        self.budget /= 2
+        self.layout, self.kept = Layout({}, most=0, spacing=1), {number: {} for number in self.kept}
+        self._arrange(at)
+        return f"a search budget of {self.budget / GIB:.2f} GiB"
 
     def forget(self, removal: Cut) -> None:
         """Drop what a removal made invalid: what was kept after its layer."""

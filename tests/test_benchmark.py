@@ -29,8 +29,27 @@ def test_every_round_runs_every_model_and_the_reference_twice(monkeypatch: pytes
     assert sorted(lengths) == sorted(3 * 2 * [(2, 5), (2, 1), (2, 1)] + 3 * [(1, 5), (1, 1), (1, 1)])
     rounds = {name: len(seconds["prefill"]) for name, seconds in timings.seconds.items()}
     assert rounds == {"dense": 2, "small": 2, "dense again": 2}
-    assert list(timings.table().loc[("dense", "prefill")].index)[-3:] == ["speedup", "low", "high"]
+    assert list(timings.table().loc[("dense", "prefill")].index)[-4:] == ["speedup", "low", "high", "peak_mib"]
+    assert min(timings.peak_mib.values()) > 50  # a process with torch in it
     assert not any(torch.tensor(s).le(0).any() for phases in timings.seconds.values() for s in phases.values())
+
+
+def test_the_second_run_of_the_reference_is_compared_like_any_other_model() -> None:
+    """The A/A comparison: two runs of one model, whose interval holds 1.00 unless they differ beyond their spread."""
+    noise = torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) + 10
+    seconds = {name: {"decode": row.tolist()} for name, row in zip(("dense", "dense again"), noise, strict=True)}
+    same = Timings("dense", seconds).speedup("dense again", "decode")
+    assert same.low <= 1.0 <= same.high
+    slow = {**seconds, "dense again": {"decode": (1.2 * noise[1]).tolist()}}
+    assert Timings("dense", slow).speedup("dense again", "decode").high < 1.0
+
+
+def test_memory_that_one_model_needs_is_not_counted_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = random_model(family="mamba2", layers=1, hidden_size=32, seed=0, vocab_size=48)
+    hungry = random_model(family="mamba2", layers=1, hidden_size=32, seed=1, vocab_size=48)
+    hungry.register_forward_pre_hook(lambda *_: torch.ones(64, 2**20).sum() and None)  # 256 MiB, given back at once
+    found = benchmark({"small": small, "hungry": hungry}, prompt_tokens=4, new_tokens=2, batches=1, warmup=1).peak_mib
+    assert found["hungry"] > found["small again"] + 200
 
 
 def test_what_cannot_be_timed_is_refused() -> None:

@@ -24,7 +24,7 @@ def test_a_mamba_model_costs_what_a_hand_count_gives() -> None:
     assert found.flops == 2 * layer + 2 * D * V  # the logits of the last token alone
     assert found.weight_bytes == 4 * model("mamba").num_parameters()  # tied, so read once, as the head
     assert found.cache_bytes == 4 * 2 * (E * K + E * N)
-    assert found.decode_bytes == found.weight_bytes + 2 * found.cache_bytes
+    assert found.decode_bytes == found.weight_bytes + 2 * found.cache_bytes  # states are read and written
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "zamba2", "hymba"])
@@ -54,3 +54,6 @@ def test_the_cache_of_a_prompt_is_counted_whole() -> None:
     attending = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     keys = sum(layer.keys.nbytes + layer.values.nbytes for layer in attending)
     assert 0 < keys < cache_bytes(cache)
+    found = costs(hymba, TOKENS)
+    assert found.attention_bytes == keys
+    assert found.decode_bytes == found.weight_bytes + 2 * (found.cache_bytes - keys) + keys  # old keys are only read

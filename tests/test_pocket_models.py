@@ -36,7 +36,7 @@ def test_all_models_saw_the_same_tokens() -> None:
 @pytest.mark.parametrize(("kind", "steps"), [("mamba_block", 6), ("ssm", 9)])
 def test_fast_finds_the_plan_of_plain_with_fewer_layer_runs(name: str, kind: str, steps: int) -> None:
     model, tokenizer = load_model(name)
-    calibration = calibrate("pocket-instructions", tokenizer, samples=3, sequence_length=64, batch_size=2)
+    calibration = calibrate("pocket-instructions", tokenizer, samples=3, sequence_length=64, batch_size=8)
     fast = search(model, calibration, Stage(kind, steps), progress=False)
     plain = search(model, calibration, Stage(kind, steps), method="plain", progress=False)
     assert fast.removals == plain.removals

@@ -67,6 +67,9 @@ def _mamba_selective_scan(original: Function) -> Function:
         return_last_state: bool = False,
         **options: Any,
     ) -> Any:
+        if hidden_states.is_meta:  # there are shapes only, for which the original would go from token to token
+            y, state = torch.empty_like(hidden_states), A.new_empty(len(hidden_states), *A.shape, dtype=torch.float32)
+            return (y, state) if return_last_state else y
         if _packed(options) or not _supported(hidden_states, dt, A, B, C, D, z, delta_bias):
             return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
         u, dt, B, C = (x.transpose(1, 2) for x in (hidden_states.float(), dt, B, C))
