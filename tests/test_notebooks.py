@@ -40,6 +40,8 @@ def test_outputs_are_committed(file: Path) -> None:
     outputs = [output for cell in code for output in cell.outputs]
     assert all(cell.execution_count for cell in code)
     assert any("text/markdown" in output.get("data", {}) for output in outputs)
+    drawn = sum("report.figure(" in cell.source for cell in code)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= drawn
     assert not any(output.output_type == "error" for output in outputs)
     assert str(notebooks.ROOT) not in file.read_text()
 
