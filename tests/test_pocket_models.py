@@ -18,7 +18,7 @@ NAMES = [model.ref for model in profiles.load("pocket").models.values()]
 def test_a_model_is_what_its_recipe_makes(name: str) -> None:
     model, tokenizer = load_model(name)
     history = json.loads((ROOT / "pocket" / "models" / name / "training.json").read_text())
-    assert len(components(model, "ssm")) == 24
+    assert len(components(model, "ssm")) == CONFIGS[name].num_hidden_layers
     assert 1.5e6 < model.num_parameters() < 4.5e6
     assert tokenizer is not None
     assert len(tokenizer) == model.config.vocab_size == CONFIGS[name].vocab_size
