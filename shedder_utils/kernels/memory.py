@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 
 def room_beside_the_heap(like: Tensor, rows: int) -> Tensor:
-    """An unfilled tensor of so many rows like those of another; on a CPU in memory of its own that goes back with it."""
+    """An unfilled tensor of so many rows like those of another; on a CPU in memory of its own, returned with it."""
     shape = (rows, *like.shape[1:])
     if like.device.type != "cpu" or not math.prod(shape):
         return like.new_empty(shape)
