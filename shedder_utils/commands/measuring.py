@@ -22,7 +22,7 @@ def evaluate_model(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval or pocket tasks, separated by commas.")],
     limit: Annotated[int | None, typer.Option(help="Items of each task; without it, all.", min=1)] = None,
-    batch_size: Annotated[str, typer.Option(help='Sequences at a time; "auto" tries.')] = "auto",
+    batch_size: Annotated[str, typer.Option(help='Sequences at a time; "auto" tries.')] = "8",
     output: Output = None,
     tokenizer: Tokenizer = "",
     device: Device = "cpu",

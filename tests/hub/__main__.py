@@ -1,0 +1,96 @@
+"""The rehearsal (`make rehearse`): the paper profile from beginning to end against the stand-in, by the same commands.
+
+What differs from `make reproduce PROFILE=paper` is a copy of the profile with a limit on items and the CPU as device,
+on which float16 would be slow, and two variables of the environment: HF_ENDPOINT, and HF_HOME for an empty cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from shedder_utils import profiles, records
+from shedder_utils.schedule import Schedule, duration
+
+from .models import build_models
+from .server import Hub
+from .texts import build_data
+
+COMMANDS = ("plan", "run", "report", "verify")
+
+
+def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 2) -> list[str]:
+    """Run everything in `folder`, or what an earlier call left there; what went wrong, in lines, none if nothing did.
+
+    models, studies: only these of the profile, separated by commas. limit: items per task.
+    """
+    if not (folder / "files").exists():
+        build_models(folder / "files")
+        build_data(folder / "files")
+    profile, chosen = derived(folder / "paper.yaml", limit), ["--models", models, "--studies", studies]
+    problems = []
+    with Hub(folder / "files") as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
+        for command in COMMANDS:
+            arguments = ["--profile", str(profile), *(chosen if command in ("plan", "run") else [])]
+            arguments += ["--output", str(folder / "runs")] if command != "plan" else []
+            started = time.perf_counter()
+            finished = subprocess.run([sys.executable, "-m", "shedder_utils", command, *arguments], env=environment)
+            print(f"{command}: {duration(time.perf_counter() - started)}, {len(hub.requests)} requests", flush=True)
+            if finished.returncode:
+                problems.append(f"{command} ended with {finished.returncode}")
+    left = Schedule(profiles.load(profile), folder / "runs", models=_names(models), studies=_names(studies)).left
+    problems += [f"{'/'.join(step.place)} is not recorded" for step in left if step.part_of or not studies]
+    _print_summary(folder / "runs")
+    return problems
+
+
+def derived(file: Path, limit: int) -> Path:
+    """A copy of the paper profile for this machine."""
+    content = yaml.safe_load((profiles.FOLDER / "paper.yaml").read_text())
+    content |= {"device": "cpu", "dtype": "float32"}
+    content["evaluation"]["limit"] = limit
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def _print_summary(runs: Path) -> None:
+    """Records by model and study, and what tables and verdicts say."""
+    found = records.find(runs)
+    counts = Counter((one.model.name, one.study) for one in found)
+    for (model, study), count in sorted(counts.items()):
+        seconds = sum(one.cost.seconds for one in found if (one.model.name, one.study) == (model, study))
+        print(f"{model}, {study}: {count} records, {duration(seconds)}")
+    for file in sorted(runs.glob("figures/*/*.md")):
+        print(f"\n{file.name}\n{file.read_text()}")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--studies", default="")
+    parser.add_argument("--limit", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="keep everything here, and go on from it")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
+        folder = options.folder or Path(temporary)
+        problems = rehearse(folder, models=options.models, studies=options.studies, limit=options.limit)
+    print(f"rehearsal: {duration(time.perf_counter() - started)}", *(problems or ["nothing went wrong"]), sep="\n")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

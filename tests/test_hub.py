@@ -1,0 +1,318 @@
+"""The paper's models and data from a stand-in Hub: what loads, what is refused, and what a failing Hub leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import lm_eval.tasks
+import pytest
+import yaml
+from hub.__main__ import derived, rehearse
+from hub.models import FALCON_WORDS, NATIVE, VOCABULARY, build_models
+from hub.server import Hub
+from hub.texts import build_data
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel
+
+from shedder_utils import (
+    DataError,
+    ModelError,
+    calibrate,
+    evaluate,
+    evaluation,
+    instructions,
+    load_model,
+    profiles,
+    records,
+    search,
+)
+from shedder_utils.loading import fingerprint
+from shedder_utils.public_texts import public_texts
+from shedder_utils.studies import Workbench, pruning
+
+FORMATS = {
+    "state-spaces/mamba-2.8b": ("mamba", 64, {}),
+    "IntelLabs/Mamba-Shedder-Mamba2-2.7B-Pruned-22SSM": ("mamba2", 64, {"ssm": 22}),
+    "IntelLabs/Mamba-Shedder-Mamba-2.2B": ("mamba", 50, {"mamba_block": 14}),
+    "Zyphra/Zamba2-2.7B": ("zamba2", 54, {}),
+    "tiiuae/falcon-mamba-7b": ("falcon_mamba", 64, {}),
+    "nvidia/Hymba-1.5B-Base": ("hymba", 32, {}),
+}
+"""A model of each file format: its type, its layers, and what of it is gone."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    build_models(folder)
+    build_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def whole_hub(files: Path, patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A stand-in in which nothing goes wrong, with one cache for all tests."""
+    with Hub(files) as hub:
+        lead_to(hub, patch, tmp_path_factory.mktemp("cache"))
+        yield hub
+
+
+@pytest.fixture
+def hub(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in to break, with an empty cache; waiting for another try takes no time."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with Hub(files) as hub:
+        lead_to(hub, monkeypatch, tmp_path)
+        yield hub
+
+
+def lead_to(hub: Hub, patch: pytest.MonkeyPatch, cache: Path) -> None:
+    """What HF_ENDPOINT and HF_HOME do in a process that starts with them."""
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "hub"))
+    patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+
+
+def load(ref: str) -> PreTrainedModel:
+    return load_model(ref, tokenizer=False)[0]
+
+
+@cache
+def loaded(ref: str) -> Any:
+    """A model and its tokenizer, from the Hub in which nothing goes wrong."""
+    return load_model(ref)
+
+
+def task(name: str) -> Any:
+    """A task of lm-eval with its data, read as `evaluate` reads it."""
+    manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / name))
+    return evaluation._from_hub(manager, name)["tasks"][name]
+
+
+@pytest.mark.parametrize("ref", FORMATS)
+def test_each_format_is_loaded_calibrated_and_scored(whole_hub: Hub, ref: str) -> None:
+    model_type, layers, gone = FORMATS[ref]
+    model, tokenizer = loaded(ref)
+    assert (model.config.model_type, model.config.num_hidden_layers) == (model_type, layers)
+    removed = [kind.split(":")[0] for kind in getattr(model.config, "pruned", {}).get("removed", [])]
+    assert {kind: removed.count(kind) for kind in removed} == gone
+    assert model.config._commit_hash == whole_hub.repositories["models", ref].commit
+    calibration = calibrate("alpaca", tokenizer, samples=40, sequence_length=64)
+    assert calibration.sequences > 2
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append([*args, *given.values()][0]), with_kwargs=True)
+    scores = evaluate(model, tokenizer, ["piqa"], limit=2, batch_size=2)
+    assert scores["piqa", "acc"].n == 2
+    assert seen
+    assert not any((ids[:, 0] == 1).any() for ids in seen if tokenizer.bos_token_id == 1), "a begin token was added"
+    assert not [asked for asked in whole_hub.requests if asked.startswith("GET") and asked.endswith(".py")]
+
+
+def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
+    found = {ref: loaded(ref)[1] for ref in FORMATS}
+    neox, llama = found["state-spaces/mamba-2.8b"], found["nvidia/Hymba-1.5B-Base"]
+    falcon = found["tiiuae/falcon-mamba-7b"]
+    assert (neox.eos_token_id, neox("Anna").input_ids[0] > 1, len(neox)) == (0, True, VOCABULARY)
+    assert neox(" " * 24).input_ids == [VOCABULARY - 23]
+    assert (falcon.eos_token, falcon.eos_token_id) == ("<|endoftext|>", len(FALCON_WORDS.split()))
+    assert llama("Anna").input_ids[0] == llama.bos_token_id == 1
+    assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", VOCABULARY, "left")
+    for tokenizer in found.values():
+        assert (
+            tokenizer.decode(tokenizer("Anna took the lamp.", add_special_tokens=False).input_ids)
+            == "Anna took the lamp."
+        )
+
+
+def test_a_vocabulary_is_padded_and_a_revision_is_a_commit(whole_hub: Hub) -> None:
+    model = load("state-spaces/mamba2-2.7b")
+    assert model.get_input_embeddings().weight.shape[0] == 512 > NATIVE["state-spaces/mamba2-2.7b"]["vocab_size"]
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    again = load_model("state-spaces/mamba2-2.7b", tokenizer=False, revision=commit)[0]
+    assert again.config._commit_hash == commit
+    with pytest.raises(ModelError, match=r"model state-spaces/mamba2-2.7b cannot be read"):
+        load_model("state-spaces/mamba2-2.7b", tokenizer=False, revision="nowhere")
+    with pytest.raises(ModelError, match=r"model state-spaces/nothing cannot be read"):
+        load("state-spaces/nothing")
+
+
+def test_every_task_and_text_of_the_paper_is_there(whole_hub: Hub) -> None:
+    for name in ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande"):
+        for one in {"arc": ["arc_easy", "arc_challenge"], "lambada": ["lambada_openai"]}.get(name, [name]):
+            manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / name))
+            scored = evaluation._from_hub(manager, one)["tasks"][one]
+            document = next(iter(scored.eval_docs))
+            assert scored.doc_to_target(document) is not None
+            assert scored.doc_to_text(document) is not None
+    assert len(public_texts("alpaca")) >= 256
+    assert len(public_texts("wikitext-2")) >= 512
+
+
+def test_the_environment_alone_leads_there(files: Path, tmp_path: Path) -> None:
+    """No setting of the package: HF_ENDPOINT, and HF_HOME for an empty cache."""
+    with Hub(files) as hub:
+        command = ["evaluate", "nvidia/Hymba-1.5B-Base", "--tasks", "pocket_piqa", "--limit", "2", "--batch-size", "2"]
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        finished = subprocess.run(
+            [sys.executable, "-m", "shedder_utils", *command], env=environment, capture_output=True, text=True
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert json.loads(finished.stdout)["scores"]["pocket_piqa"]["acc"]["n"] == 2
+        assert "GET /nvidia/Hymba-1.5B-Base/resolve/" in "\n".join(hub.requests)
+
+
+FAILURES = {
+    "busy": r"cannot be read \(.+\): .*run again",
+    "short": r"cannot be read \(Consistency check failed.*\): .*run again",
+    "damaged": "does not have the hash that the Hub announced: it is deleted, run again",
+}
+READERS = {
+    "model.safetensors": lambda: load("nvidia/Hymba-1.5B-Base"),
+    "falcon-mamba-7b/config.json": lambda: load("tiiuae/falcon-mamba-7b"),
+    "-00002-of-00003.safetensors": lambda: load("Zyphra/Zamba2-2.7B"),
+    "pytorch_model.bin": lambda: load("IntelLabs/Mamba-Shedder-Mamba-2.2B"),
+    "gpt-neox-20b/tokenizer.json": lambda: load_model("IntelLabs/Mamba-Shedder-Mamba-2.2B"),
+    "alpaca/data/train-00000-of-00001.parquet": lambda: public_texts("alpaca"),
+    "wikitext/README.md": lambda: public_texts("wikitext-2"),
+    "piqa/data/validation-00000-of-00001.parquet": lambda: task("piqa"),
+    "alpaca-cleaned/data/train-00000-of-00001.json": lambda: instructions._read("yahma/alpaca-cleaned"),
+}
+"""What reads a file, by the end of its path."""
+
+
+ALL_FAULTS = ("pytorch_model.bin", "alpaca/data/train-00000-of-00001.parquet")
+CASES = [(file, fault) for file in ALL_FAULTS for fault in FAILURES]
+CASES += [
+    ("model.safetensors", "damaged"),
+    ("falcon-mamba-7b/config.json", "short"),
+    ("-00002-of-00003.safetensors", "busy"),
+    ("gpt-neox-20b/tokenizer.json", "damaged"),
+    ("wikitext/README.md", "busy"),
+    ("piqa/data/validation-00000-of-00001.parquet", "damaged"),
+    ("piqa/data/validation-00000-of-00001.parquet", "short"),
+    ("alpaca-cleaned/data/train-00000-of-00001.json", "damaged"),
+]
+
+
+@pytest.mark.parametrize(("file", "fault"), CASES)
+def test_a_failing_hub_is_one_clear_line_and_the_next_try_succeeds(hub: Hub, file: str, fault: str) -> None:
+    hub.faults[file] = fault
+    with pytest.raises((ModelError, DataError)) as caught:
+        READERS[file]()
+    assert re.search(FAILURES[fault], str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+    hub.faults.clear()
+    assert READERS[file]()
+
+
+def test_a_broken_connection_is_tried_again(hub: Hub) -> None:
+    hub.faults["pytorch_model.bin"] = "dropped"
+    name = "IntelLabs/Mamba-Shedder-Mamba-2.2B"
+    load(name)
+    assert (
+        len([asked for asked in hub.requests if asked.startswith("GET") and asked.endswith("pytorch_model.bin")]) == 2
+    )
+
+
+def test_a_part_of_a_file_is_served(hub: Hub) -> None:
+    file = "EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json"
+    with urllib.request.urlopen(urllib.request.Request(f"{hub.url}/{file}", headers={"Range": "bytes=3-9"})) as part:
+        assert part.status == 206
+        assert (
+            part.read()
+            == hub.repositories["models", "EleutherAI/gpt-neox-20b"].files["tokenizer.json"].read_bytes()[3:10]
+        )
+
+
+def test_without_the_hub_what_was_fetched_is_enough(hub: Hub) -> None:
+    first = fingerprint(load("state-spaces/mamba-2.8b"))
+    texts = public_texts("alpaca")
+    hub.kill()
+    assert fingerprint(load("state-spaces/mamba-2.8b")) == first
+    assert public_texts("alpaca") == texts
+    for read in (lambda: load("tiiuae/falcon-mamba-7b"), lambda: public_texts("wikitext-2"), lambda: task("piqa")):
+        with pytest.raises((ModelError, DataError), match=r"cannot be read .*: check the connection") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_loses_the_hub_goes_on(
+    hub: Hub, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is killed after the search: that is recorded, nothing else is, and it is not done again."""
+    profile = tmp_path / "short.yaml"
+    settings = {"sequence_length": 16, "batch_size": 2, "seed": 42}
+    profile.write_text(yaml.safe_dump({
+        "name": "short", "title": "One block of one model",
+        "models": {"hymba": {"ref": "nvidia/Hymba-1.5B-Base", "family": "Hymba", "paper": "hymba-1.5b"}},
+        "calibration": {"source": "alpaca", "samples": 4, **settings},
+        "evaluation": {
+            "prose": {"source": "wikitext-2", "samples": 4, **settings}, "limit": 2, "batch_size": 2,
+            "tasks": [{"column": "piqa", "task": "pocket_piqa", "metric": "acc"}],
+        },
+        "studies": {"blocks": {
+            "table": 4, "stages": [{"kinds": ["hymba_block"], "steps": 1}], "rows": {"hymba": {0: 0, 1: 6}},
+        }},
+    }))  # fmt: skip
+
+    def recorded() -> dict[str, Any]:
+        return {one.setting: one.created for one in records.find(tmp_path / "runs")}
+
+    bench = Workbench(profile, "hymba", tmp_path / "runs")
+    monkeypatch.setattr("shedder_utils.studies.search", killing(hub))
+    with pytest.raises(DataError, match="data wikitext-2: Salesforce/wikitext cannot be read"):
+        pruning(bench, "blocks")
+    before = recorded()
+    assert list(before) == ["search"]
+    monkeypatch.undo()
+    with Hub(files) as another:
+        lead_to(another, monkeypatch, tmp_path)
+        again = Workbench(profile, "hymba", tmp_path / "runs")
+        assert len(pruning(again, "blocks")) == 2
+        assert recorded().keys() == {"search", "scores", "01_removed"}
+        assert recorded()["search"] == before["search"]
+        record = records.find(tmp_path / "runs", setting="search")[0]
+        assert record.model.revision == another.repositories["models", "nvidia/Hymba-1.5B-Base"].commit
+
+
+def killing(hub: Hub) -> Any:
+    """A search at whose end the Hub is gone."""
+
+    def searched(*arguments: Any, **options: Any) -> Any:
+        plan = search(*arguments, **options)
+        hub.kill()
+        return plan
+
+    return searched
+
+
+def test_the_rehearsal_differs_in_limit_and_device_only(tmp_path: Path) -> None:
+    ours, theirs = profiles.load(derived(tmp_path / "paper.yaml", limit=2)), profiles.load("paper")
+    changed = {"device": "cpu", "dtype": "float32"}
+    limited = theirs.evaluation.model_copy(update={"limit": 2})
+    assert ours == theirs.model_copy(update={**changed, "evaluation": limited})
+
+
+@pytest.mark.rehearse
+def test_the_paper_profile_runs_from_beginning_to_end(tmp_path: Path) -> None:
+    assert rehearse(tmp_path) == []
