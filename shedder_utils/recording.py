@@ -133,6 +133,8 @@ def _normal(output: Any, place: tuple[int, int], name: str) -> Any:
     data = output.get("data", {})
     if "text/html" in data:
         data["text/html"] = RANDOM_ID.sub(f"T_{number}_{i}", data["text/html"])
+        if "text/plain" in data:  # of a styled table no more than its class and address
+            data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
     for text in [output.get("text", ""), *(content for kind, content in data.items() if kind.startswith("text/"))]:
         found = MACHINE.search(text)
         if found:
