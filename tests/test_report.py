@@ -52,7 +52,7 @@ def verdict_of(name: str, root: Path, profile: Profile = POCKET):
 
 
 def test_values_land_in_their_cells_in_the_papers_units(world, tmp_path):
-    frame = report.table(1, "pocket", world.root, tmp_path / "none").frame
+    frame = report.table(1, POCKET, world.root, tmp_path / "none").frame
     piqa = cell(frame, "pocket-mamba2", 3, "piqa")
     assert piqa["paper"] == 73.9
     assert piqa["yours"] == pytest.approx(100 * (0.8 - 0.01 - 3 * 0.06))
@@ -65,7 +65,7 @@ def test_values_land_in_their_cells_in_the_papers_units(world, tmp_path):
 
 
 def test_average_is_the_mean_of_seven_with_its_standard_error(world, tmp_path):
-    frame = report.table(2, "pocket", world.root, tmp_path / "none").frame
+    frame = report.table(2, POCKET, world.root, tmp_path / "none").frame
     seven = [cell(frame, "pocket-mamba", 8, column) for column in paper.column_metrics()]
     average = cell(frame, "pocket-mamba", 8, "average")
     assert average["yours"] == pytest.approx(sum(one["yours"] for one in seven) / 7)
@@ -74,7 +74,7 @@ def test_average_is_the_mean_of_seven_with_its_standard_error(world, tmp_path):
 
 
 def test_wide_table_has_four_lines_for_each_row_in_the_papers_order(world, tmp_path):
-    table = report.table(2, "pocket", world.root, tmp_path / "none")
+    table = report.table(2, POCKET, world.root, tmp_path / "none")
     assert [row[2] for row in table.rows][:32] == ["paper", "recorded", "yours", "difference"] * 8
     assert [row[1] for row in table.rows[4:8]] == ["16 of 64", "6 of 24", "6 of 24", "6 of 24"]
     assert table.rows[4][:5] == ("mamba-2.8b", "16 of 64", "paper", "9.23", "55.2")
@@ -87,7 +87,7 @@ def test_wide_table_has_four_lines_for_each_row_in_the_papers_order(world, tmp_p
 
 def test_recorded_stands_beside_yours(world, tmp_path):
     World(tmp_path / "results", loss=AS_IN_THE_PAPER | {BLOCKS_1: 0.02}, rise=RISES_AS_IN_THE_PAPER).write()
-    table = report.table(1, "pocket", world.root, tmp_path / "results")
+    table = report.table(1, POCKET, world.root, tmp_path / "results")
     same, near, far = (
         cell(table.frame, *place, "piqa") for place in (("pocket-mamba2", 5), ("pocket-mamba", 3), ("pocket-mamba", 5))
     )
@@ -118,7 +118,7 @@ def test_cell_verdict(column, recorded, yours, verdict):
 
 
 def test_nothing_run_is_dashes_and_not_an_error(tmp_path):
-    paths = report.build("pocket", tmp_path / "runs", tmp_path / "results")
+    paths = report.build(POCKET, tmp_path / "runs", tmp_path / "results")
     endings = {path.stem: [other.suffix for other in paths if other.stem == path.stem] for path in paths}
     assert {f"table_{n}" for n in (1, 2, 6, 7, 13)} | {f"figure_{n}" for n in (1, 2, 3, 4)} <= set(endings)
     assert all(found[-1] == ".json" for found in endings.values()), "everything has its sidecar"
@@ -127,22 +127,22 @@ def test_nothing_run_is_dashes_and_not_an_error(tmp_path):
     }
     assert {tuple(found) for name, found in endings.items() if "figure" in name} == {(".png", ".pdf", ".json")}
     assert all(path.stat().st_size and path.parent == tmp_path / "runs" / "figures" / "pocket" for path in paths)
-    table = report.table(1, "pocket", tmp_path / "runs", tmp_path / "results")
+    table = report.table(1, POCKET, tmp_path / "runs", tmp_path / "results")
     assert set(table.frame["verdict"]) == {"not run"}
     assert table.frame["yours"].isna().all()
-    verdicts = report.verdicts(None, "pocket", tmp_path).items
+    verdicts = report.verdicts(None, POCKET, tmp_path).items
     assert [item.id for item in verdicts] == [claim.id for claim in paper.claims()]
     assert {item.verdict for item in verdicts} == {"not run"}
-    assert report.provenance("pocket", tmp_path, "ssm_pruning").rows == (("runs", "–", "–"),)
+    assert report.provenance(POCKET, tmp_path, "ssm_pruning").rows == (("runs", "–", "–"),)
 
 
 def test_scores_of_another_order_or_other_weights_do_not_count(world):
     records.path(world.root, "pocket", *BLOCKS_1, "search").unlink()
-    frame = report.table(1, "pocket", world.root, world.root).frame
+    frame = report.table(1, POCKET, world.root, world.root).frame
     assert cell(frame, "pocket-mamba", 3, "ppl")["verdict"] == "not run"
     other = Plan(removals=[Removal(component="mamba_block:2")] * 6, dense_score=2.0, model={"layers": LAYERS})
     world.store(*BLOCKS_1, "search", plan=other)
-    frame = report.table(1, "pocket", world.root, world.root).frame
+    frame = report.table(1, POCKET, world.root, world.root).frame
     assert cell(frame, "pocket-mamba", 3, "ppl")["verdict"] == "not run"
     assert cell(frame, "pocket-mamba", 0, "ppl")["verdict"] == "same"
 
@@ -150,7 +150,7 @@ def test_scores_of_another_order_or_other_weights_do_not_count(world):
 def test_broken_record_is_refused(world):
     file = records.path(world.root, "pocket", *SSMS_2, "06_removed")
     file.write_text(file.read_text().replace('"n": 400', '"n": 401'))
-    for make in (lambda: report.table(2, "pocket", world.root), lambda: report.build("pocket", world.root)):
+    for make in (lambda: report.table(2, POCKET, world.root), lambda: report.build(POCKET, world.root)):
         with pytest.raises(RecordError, match="06_removed"):
             make()
 
@@ -158,11 +158,11 @@ def test_broken_record_is_refused(world):
 def test_search_record_without_a_plan_is_refused(world):
     world.store(*SSMS_2, "search", metrics={})
     with pytest.raises(RecordError, match="expected the plan"):
-        report.figure(4, "pocket", world.root)
+        report.figure(4, POCKET, world.root)
 
 
 def test_claims_hold_when_the_records_are_as_in_the_paper(world):
-    found = report.verdicts(["C1", "C2", "C12"], "pocket", world.root)
+    found = report.verdicts(["C1", "C2", "C12"], POCKET, world.root)
     assert [(item.id, item.verdict) for item in found.items] == [(name, "reproduced") for name in ("C1", "C2", "C12")]
     c1 = found.items[0]
     accuracy = [number for number in c1.numbers if "accuracy" in number.measure]
@@ -277,7 +277,7 @@ def test_an_evaluation_without_a_task_makes_a_claim_not_run(world):
     found = verdict_of("C2", world.root)
     assert found.verdict == "not run"
     assert found.why == "There is no whole evaluation of pocket-mamba with 8 SSMs removed."
-    frame = report.table(2, "pocket", world.root, world.root).frame
+    frame = report.table(2, POCKET, world.root, world.root).frame
     assert cell(frame, "pocket-mamba", 8, "average")["verdict"] == "not run"
     assert cell(frame, "pocket-mamba", 8, "arc_easy")["verdict"] == "same"
 
@@ -285,7 +285,7 @@ def test_an_evaluation_without_a_task_makes_a_claim_not_run(world):
 def test_claims_without_a_test_and_unknown_ones(tmp_path):
     assert verdict_of("C8", tmp_path).verdict == "not run"
     with pytest.raises(DataError, match="C13"):
-        report.verdicts(["C13"], "pocket", tmp_path)
+        report.verdicts(["C13"], POCKET, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -296,14 +296,14 @@ def test_outcome_is_the_side_of_the_interval(low, high, outcome):
 
 
 def test_same_records_give_the_same_bytes(world, tmp_path):
-    first, second = (report.build("pocket", world.root, world.root, tmp_path / name) for name in ("a", "b"))
+    first, second = (report.build(POCKET, world.root, world.root, tmp_path / name) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert all(str(tmp_path).encode() not in path.read_bytes() for path in first)
 
 
 def test_sidecar_lists_the_records_drawn(world, tmp_path):
     for number, n_records in ((2, 8), (3, 10), (4, 4)):
-        drawing = report.figure(number, "pocket", world.root)
+        drawing = report.figure(number, POCKET, world.root)
         sidecar = json.loads(drawing.save(tmp_path)[2].read_text())
         assert len(sidecar["records"]) == n_records
         for entry in sidecar["records"]:
@@ -312,7 +312,7 @@ def test_sidecar_lists_the_records_drawn(world, tmp_path):
 
 def test_tables_and_claims_name_the_records_behind_them(world, tmp_path):
     other = World(tmp_path / "results", loss=AS_IN_THE_PAPER | {BLOCKS_1: 0.02}, rise=RISES_AS_IN_THE_PAPER).write()
-    table = report.table(1, "pocket", world.root, other.root)
+    table = report.table(1, POCKET, world.root, other.root)
     sidecar = json.loads(table.save(tmp_path)[-1].read_text())
     for root, entries in ((world.root, sidecar["records"]), (other.root, sidecar["recorded"])):
         assert len(entries) == 8
@@ -321,7 +321,7 @@ def test_tables_and_claims_name_the_records_behind_them(world, tmp_path):
             assert (entry["inputs"], entry["checksum"]) == (record.inputs, records.checksum(record))
             assert f'"checksum": "{entry["checksum"]}"' in (root / entry["record"]).read_text()
     assert "pocket/block_pruning/pocket-mamba/03_removed.json" in (tmp_path / "table_1.md").read_text()
-    verdicts = report.verdicts(["C1", "C12", "C6"], "pocket", world.root)
+    verdicts = report.verdicts(["C1", "C12", "C6"], POCKET, world.root)
     behind = [[record.study for record in item.records] for item in verdicts.items]
     assert behind == [["block_pruning"] * 6 + ["dense"] * 2, ["block_pruning"] * 2 + ["ssm_pruning"] * 2, []]
     text, numbers, sources = verdicts.save(tmp_path)
@@ -338,23 +338,23 @@ def test_every_claim_says_what_its_test_is_and_where_it_is_told():
 
 
 def test_at_a_glance_needs_no_records_and_shows_those_there_are(world, tmp_path):
-    empty = [glance.claims("pocket", tmp_path / "a", tmp_path / "b"), glance.averages("pocket", tmp_path / "a"),
-             glance.costs("pocket", tmp_path / "a"), glance.not_run("pocket", tmp_path / "a")]  # fmt: skip
+    empty = [glance.claims(POCKET, tmp_path / "a", tmp_path / "b"), glance.averages(POCKET, tmp_path / "a"),
+             glance.costs(POCKET, tmp_path / "a"), glance.not_run(POCKET, tmp_path / "a")]  # fmt: skip
     assert all(table.to_markdown() for table in empty)
     assert {row[6] for row in empty[0].rows} == {"**not run**"}
-    claims = {row[0]: row for row in glance.claims("pocket", world.root, tmp_path / "b").rows}
+    claims = {row[0]: row for row in glance.claims(POCKET, world.root, tmp_path / "b").rows}
     assert claims["C1"][3] == "+1.3"
     assert claims["C1"][5] == "+25.0 [+21.8, +28.2]"
     assert claims["C1"][6] == "**not run; yours: reproduced**"
-    averages = glance.averages("pocket", world.root, world.root).rows
+    averages = glance.averages(POCKET, world.root, world.root).rows
     assert averages[1][:6] == ("1", "pocket-mamba", "mamba_block", "3", "57.7", f"{100 * (0.8 - 0.03):.1f}")
-    missing = dict(glance.not_run("pocket", world.root).rows)
+    missing = dict(glance.not_run(POCKET, world.root).rows)
     assert "pocket-mamba (components)" in missing["Runs of inventory"]
     assert [row[1] for row in glance.errata().rows] == paper.errata()
 
 
 def test_figures_draw_the_papers_points_and_ours_on_shares_of_layers(world):
-    figure = report.figure(3, "pocket", world.root).figure
+    figure = report.figure(3, POCKET, world.root).figure
     left, right = figure.axes[1], figure.axes[3]
     reported, ours = left.get_lines()[0], left.containers[1].lines[0]
     assert list(reported.get_xdata()) == [0, 25, 31.25, 37.5]
@@ -366,7 +366,7 @@ def test_figures_draw_the_papers_points_and_ours_on_shares_of_layers(world):
 
 
 def test_figure_4_draws_each_search_from_the_dense_model_on(world):
-    left, right = report.figure(4, "pocket", world.root).figure.axes
+    left, right = report.figure(4, POCKET, world.root).figure.axes
     assert [len(line.get_xdata()) for line in (*left.get_lines(), *right.get_lines())] == [7, 7, 12, 12]
     assert left.get_lines()[1].get_ydata()[6] == pytest.approx(math.exp(1 + 6 * 0.2))
     assert left.get_lines()[1].get_xdata()[6] == pytest.approx(25)
@@ -375,8 +375,8 @@ def test_figure_4_draws_each_search_from_the_dense_model_on(world):
 def test_infinite_perplexity_is_shown_in_tables_and_left_out_of_figures(world):
     infinite = {"pocket_lambada/perplexity": Metric(value=math.inf, stderr=math.nan, n=400)}
     world.store(*BLOCKS_2, "05_removed", 5, world.metrics(*BLOCKS_2, 5) | infinite)
-    assert "inf" in report.table(1, "pocket", world.root, world.root).to_markdown()
-    assert report.figure(2, "pocket", world.root)._repr_png_().startswith(b"\x89PNG")
+    assert "inf" in report.table(1, POCKET, world.root, world.root).to_markdown()
+    assert report.figure(2, POCKET, world.root)._repr_png_().startswith(b"\x89PNG")
     assert verdict_of("C1", world.root).verdict == "close"
 
 
@@ -398,7 +398,7 @@ def test_tables_3_to_5_stand_beside_the_papers_rows(tmp_path):
 
 
 def test_csv_has_one_line_for_each_cell(world, tmp_path):
-    markdown, tidy, latex, _ = report.table(1, "pocket", world.root, world.root).save(tmp_path)
+    markdown, tidy, latex, _ = report.table(1, POCKET, world.root, world.root).save(tmp_path)
     rows = list(csv.DictReader(tidy.read_text().splitlines()))
     assert len(rows) == 2 * 3 * 10
     assert list(rows[0]) == [
@@ -421,7 +421,7 @@ def test_csv_has_one_line_for_each_cell(world, tmp_path):
 
 
 def test_latex_is_escaped(world):
-    text = report.table(1, "pocket", world.root, world.root).to_latex()
+    text = report.table(1, POCKET, world.root, world.root).to_latex()
     assert r"Ratio \%" in text
     assert r"LAMBADA ppl $\downarrow$" in text
     assert r"$\pm$" in text
@@ -434,7 +434,7 @@ def test_latex_is_escaped(world):
 
 
 def test_provenance_names_weights_data_versions_and_cost(world):
-    table = report.provenance("pocket", world.root, "ssm_pruning")
+    table = report.provenance(POCKET, world.root, "ssm_pruning")
     facts = {row[0]: row[1] for row in table.rows}
     assert facts["weights"] == f"pocket-mamba {'f' * 12}, float32"
     assert facts["data: tasks"] == f"seven {'d' * 12}"
@@ -442,13 +442,13 @@ def test_provenance_names_weights_data_versions_and_cost(world):
     assert (facts["runs"], facts["seconds"], facts["peak memory"]) == ("5", "150", "809 MiB")
     assert "lm_eval 0.4.13" in facts["versions"]
     with pytest.raises(DataError, match="block_pruning"):
-        report.provenance("pocket", world.root, "table_1")
+        report.provenance(POCKET, world.root, "table_1")
 
 
 @pytest.mark.parametrize("make", [report.table, report.figure])
 def test_unknown_numbers_are_refused(make, tmp_path):
     with pytest.raises(DataError, match="9: expected one of"):
-        make(9, "pocket", tmp_path)
+        make(9, POCKET, tmp_path)
 
 
 @pytest.mark.parametrize("name", profiles.names())

@@ -16,7 +16,22 @@ from shedder_utils.provenance import Code, Cost, Environment
 from shedder_utils.records import DataFacts, Metric, ModelFacts, Record, Request
 
 LAYERS, N_ITEMS, DENSE_PARAMETERS, PER_LAYER = 24, 400, 2_000_000, 50_000
-POCKET = profiles.load("pocket")
+TWO = ("pocket-mamba", "pocket-mamba2")
+
+
+def two_models() -> Profile:
+    """The pocket profile as it is for these two models, whatever others it has."""
+    settings = profiles.load("pocket")
+    studies = {
+        name: study.model_copy(update={"rows": {model: rows for model, rows in study.rows.items() if model in TWO}})
+        for name, study in settings.studies.items()
+        if set(study.rows) & set(TWO)
+    }
+    models = {name: model for name, model in settings.models.items() if name in TWO}
+    return settings.model_copy(update={"models": models, "studies": studies})
+
+
+POCKET = two_models()
 ENVIRONMENT = Environment(
     python="3.11.1",
     torch="2.13.0",
@@ -131,7 +146,7 @@ def small_profile(folder: Path) -> Path:
     """A profile with two models, tables 1 and 2, and nothing that takes time to draw; returns its file."""
     content = yaml.safe_load((profiles.FOLDER / "pocket.yaml").read_text())
     content |= {"name": "small", "speed": None, "recovery": None}
-    content["models"] = {name: content["models"][name] for name in ("pocket-mamba", "pocket-mamba2")}
+    content["models"] = {name: content["models"][name] for name in TWO}
     content["studies"] = {name: content["studies"][name] for name in ("block_pruning", "ssm_pruning")}
     for study in content["studies"].values():
         study["rows"] = {model: rows for model, rows in study["rows"].items() if model in content["models"]}

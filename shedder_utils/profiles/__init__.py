@@ -277,11 +277,13 @@ def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def load(name_or_path: str | Path) -> Profile:
-    """Read a profile by name, or from the path of a YAML file.
+def load(name_or_path: str | Path | Profile) -> Profile:
+    """Read a profile by name, or from the path of a YAML file; one that is read already is given back.
 
     Raises ProfileError when it does not exist or does not fit, naming the key.
     """
+    if isinstance(name_or_path, Profile):
+        return name_or_path
     file = Path(name_or_path)
     if file.suffix not in (".yaml", ".yml"):
         file = FOLDER / f"{name_or_path}.yaml"

@@ -34,7 +34,7 @@ def table(
 
     Raises DataError for a table that the profile's studies do not fill.
     """
-    settings = _settings(profile)
+    settings = profiles.load(profile)
     if number == 13:
         return hyperparameters.table(settings)
     if number == "freed":
@@ -51,7 +51,7 @@ def figure(number: int | str, profile: str | Path | Profile = "pocket", root: st
 
     Its `.figure` is matplotlib's. Raises DataError for a figure that the profile's studies do not fill.
     """
-    runs = Runs(_settings(profile), root)
+    runs = Runs(profiles.load(profile), root)
     return recovery_curves.draw(runs) if number == "recovery" else figures.draw(number, runs)
 
 
@@ -59,12 +59,12 @@ def verdicts(
     ids: Sequence[str] | None = None, profile: str | Path | Profile = "pocket", root: str | Path = "runs"
 ) -> Verdicts:
     """The verdicts on some of the paper's claims, such as ["C1"], or on all."""
-    return claims.judge(Runs(_settings(profile), root), ids)
+    return claims.judge(Runs(profiles.load(profile), root), ids)
 
 
 def provenance(profile: str | Path | Profile, root: str | Path, study: str) -> Table:
     """Weights, data, versions, machine, cost and code behind a study's numbers, one column for each model."""
-    return origin.provenance(Runs(_settings(profile), root), study)
+    return origin.provenance(Runs(profiles.load(profile), root), study)
 
 
 def build(
@@ -77,7 +77,7 @@ def build(
 
     folder: where to; None is `<root>/figures/<profile>`.
     """
-    settings = _settings(profile)
+    settings = profiles.load(profile)
     yours = Runs(settings, root)
     theirs = Runs(settings, recorded)
     target = in_project(Path(root, "figures", settings.name) if folder is None else folder)
@@ -92,7 +92,3 @@ def build(
         claims.judge(yours),
     ]
     return [path for item in shown for path in item.save(target)]
-
-
-def _settings(profile: str | Path | Profile) -> Profile:
-    return profile if isinstance(profile, Profile) else profiles.load(profile)

@@ -21,7 +21,7 @@ from .rendering import DASH, Table
 from .runs import Runs
 
 
-def claims(profile: str | Path, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
+def claims(profile: str | Path | Profile, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
     """The paper's claims, one line for each: the number that tells most, paper beside recorded beside yours."""
     settings = profiles.load(profile)
     theirs, ours = (tests.judge(Runs(settings, place)).items for place in (recorded, root))
@@ -67,7 +67,7 @@ def verdicts_by_profile(recorded: str | Path = "results") -> Table:
     return Table("verdicts_by_profile", "Verdicts by profile, recorded runs", note, header, rows, frame)
 
 
-def averages(profile: str | Path, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
+def averages(profile: str | Path | Profile, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
     """Tables 1 to 5 in one: the average accuracy in each of their rows, paper beside recorded beside yours."""
     settings = profiles.load(profile)
     yours, theirs = Runs(settings, root), Runs(settings, recorded)
@@ -85,7 +85,7 @@ def averages(profile: str | Path, root: str | Path = "runs", recorded: str | Pat
     return Table("averages", f"Average accuracy at a glance ({settings.title})", note, header, rows, frame)
 
 
-def costs(profile: str | Path, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
+def costs(profile: str | Path | Profile, root: str | Path = "runs", recorded: str | Path = "results") -> Table:
     """What each study took, recorded and yours: runs, minutes, and the largest peak of memory."""
     settings = profiles.load(profile)
     found = {"recorded": Runs(settings, recorded), "yours": Runs(settings, root)}
@@ -113,7 +113,7 @@ def _machines(runs: Runs) -> str:
     return " and ".join(sorted({f"{one.device}, {one.cpu}, threads: {one.threads}" for one in machines})) or "not run"
 
 
-def not_run(profile: str | Path, root: str | Path = "runs") -> Table:
+def not_run(profile: str | Path | Profile, root: str | Path = "runs") -> Table:
     """What these records cannot speak about: tables without a study, runs without a record, claims without a test."""
     settings = profiles.load(profile)
     rows = tuple(_not_run(settings, root)) or (("all", "everything that the profile asks for was run"),)
