@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
+from contextlib import suppress
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -85,6 +87,7 @@ class Hub:
         }
         self.requests: list[str] = []
         self.faults: dict[str, str] = {}
+        self.connections: list[socket.socket] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -99,9 +102,12 @@ class Hub:
         self.kill()
 
     def kill(self) -> None:
-        """Stop answering: from now on connections are refused."""
+        """Stop answering: connections are refused from now on, and those that clients keep open are closed."""
         self._server.shutdown()
         self._server.server_close()
+        for connection in self.connections:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     def fault(self, place: str) -> str | None:
         return next((fault for end, fault in self.faults.items() if place.endswith(end)), None)
@@ -110,6 +116,10 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.append(self.connection)
 
     def do_GET(self) -> None:
         self._answer()
