@@ -55,15 +55,22 @@ class Instructions:
 
 
 def instructions(
-    source: str | Path | Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, held_out: int, seed: int
+    source: str | Path | Rows | Instructions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    held_out: int,
+    seed: int,
 ) -> Instructions:
     """Read rows, tokenise them and hold some out, drawn with `seed`.
 
     source: a data name ("pocket-instructions"), a .json, .jsonl or .jsonl.gz file, a data set of the Hub
     ("yahma/alpaca-cleaned", with a revision after "@"), or a list of rows. Rows of which nothing but the prompt fits
     into max_length tokens are left out. Raises DataError if the source cannot be read, is not in Alpaca's schema, or is
-    too small.
+    too small. Instructions that are read already are given back.
     """
+    if isinstance(source, Instructions):
+        return source
     name = str(source) if isinstance(source, (str, Path)) else "rows"
     rows = _read(source) if isinstance(source, (str, Path)) else list(source)
     examples = _examples(rows, tokenizer, max_length, name)

@@ -36,7 +36,7 @@ IDENTITY, OUTCOME = "tuning.json", "outcome.json"
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path | Rows,
+    data: str | Path | Rows | Instructions,
     *,
     method: Method = "full",
     distill: PreTrainedModel | None = None,

@@ -60,7 +60,7 @@ def _tuned(bench: Workbench, source: str, about: RecoveryTable, setting: str, pl
         start = copy.deepcopy(bench.model) if plan is None else extract(bench.model, plan)
         if start.dtype == torch.float16:
             start = start.float()
-        tuned = recover(start, bench.tokenizer, source, checkpoint=checkpoint, inplace=True, **recipe.settings)
+        tuned = recover(start, bench.tokenizer, rows, checkpoint=checkpoint, inplace=True, **recipe.settings)
         metrics = {**_losses(tuned.config.recovery), **scores_of(bench, tuned.to(bench.model.dtype))}
         shutil.rmtree(checkpoint)
         return Outcome(metrics=metrics)

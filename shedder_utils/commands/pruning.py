@@ -40,7 +40,9 @@ def search_plan(
     ] = False,
     memory_gib: Annotated[
         float | None,
-        typer.Option(help="GiB that the fast search may hold beside the model; else a quarter of what is free."),
+        typer.Option(
+            help="GiB that the fast search may hold beside the model; else an eighth of free memory, or half of a free GPU."
+        ),
     ] = None,
     tokenizer: Tokenizer = "",
     device: Device = "cpu",
