@@ -46,10 +46,14 @@ def examine(profile: Profile | None = None) -> list[Finding]:
 def scan(device: str) -> str:
     """Which scan will run on a device: the kernels of mamba_ssm, this package's own, or transformers' fallback."""
     if device == "cuda":
-        return "mamba_ssm" if all(_imports(module) for module in KERNELS.values()) else "transformers fallback"
+        return (
+            "mamba_ssm"
+            if all(_import_error(module) is None for module in KERNELS.values())
+            else "transformers fallback"
+        )
     if os.environ.get("SHEDDER_SCAN") == "off":
         return "transformers fallback (SHEDDER_SCAN is off)"
-    return "shedder-numba" if _imports("numba") else "transformers fallback"
+    return "shedder-numba" if _import_error("numba") is None else "transformers fallback"
 
 
 def _packages() -> list[Finding]:
@@ -74,9 +78,11 @@ def _kernels(needed: bool) -> list[Finding]:
     findings = []
     for name, module in KERNELS.items():
         found = _version(name)
-        works = found is not None and _imports(module)
-        state = found if found and works else f"{found}, which does not import" if found else "not installed"
-        findings.append(Finding(name, state, INSTALL_KERNELS if needed and not works else None))
+        error = _import_error(module)
+        state = (
+            "not installed" if found is None else found if error is None else f"{found}, which does not import: {error}"
+        )
+        findings.append(Finding(name, state, INSTALL_KERNELS if needed and error else None))
     return findings
 
 
@@ -110,13 +116,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _imports(module: str) -> bool:
-    """Whether a module imports; compiled ones may be installed and still fail."""
+def _import_error(module: str) -> str | None:
+    """What importing a module fails with, in one line, or None: compiled ones may be installed and still fail."""
     try:
         import_module(module)
-    except Exception:  # a broken extension may raise anything
-        return False
-    return True
+    except Exception as error:  # a broken extension may raise anything, and a check-up goes on to the next finding
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def _memory() -> str:

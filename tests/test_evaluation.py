@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from shedder_utils import Component, DataError, evaluate, removed
+from shedder_utils.evaluation import BOOTSTRAP
 from shedder_utils.families import random_model
 from shedder_utils.pocket.items import requests
-from shedder_utils.pocket.tasks import load_rows
+from shedder_utils.pocket.tasks import load_rows, task_configs
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
 LIMIT = 12
@@ -68,6 +69,24 @@ def test_a_model_with_components_removed_is_what_is_scored(pocket_like: PreTrain
         pruned = evaluate(pocket_like, load_tokenizer(), **settings)
     assert pruned["pocket_lambada", "perplexity"] != dense["pocket_lambada", "perplexity"]
     assert evaluate(pocket_like, load_tokenizer(), **settings) == dense
+
+
+def test_scores_are_those_of_simple_evaluate(pocket_like: PreTrainedModel) -> None:
+    """Tasks loaded once and templates kept change no number of lm-eval's own entry point."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tasks = ("pocket_lambada", "pocket_piqa")
+    own = simple_evaluate(
+        HFLM(pretrained=pocket_like, tokenizer=load_tokenizer(), batch_size=4, device="cpu"),
+        tasks=list(task_configs(tasks)), task_manager=TaskManager(include_defaults=False), num_fewshot=0, limit=LIMIT,
+        bootstrap_iters=BOOTSTRAP,
+    )["results"]  # fmt: skip
+    scores = evaluate(pocket_like, load_tokenizer(), tasks, limit=LIMIT, batch_size=4)
+    assert len(scores) == 4
+    for (task, metric), score in scores.items():
+        assert (score.value, score.stderr) == (own[task][f"{metric},none"], own[task][f"{metric}_stderr,none"])
 
 
 def test_unknown_tasks_are_refused(pocket_like: PreTrainedModel) -> None:

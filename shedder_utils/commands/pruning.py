@@ -41,7 +41,7 @@ def search_plan(
     memory_gib: Annotated[
         float | None,
         typer.Option(
-            help="GiB the fast search may hold beside the model; else an eighth of what is free, on a GPU half."
+            help="GiB the fast search may hold beside the model; else an eighth of what is free, half on GPUs."
         ),
     ] = None,
     tokenizer: Tokenizer = "",
