@@ -47,7 +47,7 @@ class Timings:
 
     The first model is the reference; the reference's name with `AGAIN` holds its second run. peak_mib: by model, the
     most memory in use while it ran: on a CPU of the whole process, with all models that are compared; on a CUDA device
-    what torch had given out there.
+    what torch had given out there. A system that cannot tell the peak of a part of a process's life leaves it out.
     """
 
     reference: str
@@ -105,16 +105,17 @@ def benchmark(
         prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            *seconds, peak = _once(runs[name], prompt, new_tokens)
-            timings.peak_mib[name] = max(peak, timings.peak_mib.get(name, 0.0))
+            prefill, decode, peak = _once(runs[name], prompt, new_tokens)
+            if peak is not None:
+                timings.peak_mib[name] = max(peak, timings.peak_mib.get(name, 0.0))
             if number >= 0:
-                for phase, value in zip(PHASES, seconds, strict=True):
+                for phase, value in zip(PHASES, (prefill, decode), strict=True):
                     timings.seconds[name][phase].append(value)
     return timings
 
 
-def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, float]:
-    """Seconds of one prefill, and of one token of the greedy decoding after it; the peak of memory in MiB."""
+def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, float | None]:
+    """Seconds of one prefill, and of one token of the greedy decoding after it; the peak of memory in MiB, if known."""
     with evaluating(model):
         meter = _CudaMeter(model.device) if model.device.type == "cuda" else _Meter()
         meter.mark()
@@ -131,11 +132,11 @@ def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[floa
 
 
 class _Meter:
-    """Seconds between marks, and the process's peak of memory since the start."""
+    """Seconds between marks, and the process's peak of memory since the start, where the system can tell it."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
-        provenance.reset_peak()
+        self.from_now = provenance.reset_peak()
 
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
@@ -143,8 +144,8 @@ class _Meter:
     def seconds(self) -> list[float]:
         return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
-    def peak_mib(self) -> float:
-        return provenance.peak_mib()
+    def peak_mib(self) -> float | None:
+        return provenance.peak_mib() if self.from_now else None
 
 
 class _CudaMeter:

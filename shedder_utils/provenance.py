@@ -105,19 +105,30 @@ _earlier_mib = 0.0
 """The highest of the peaks that were reset inside the body of a `Meter`."""
 
 
-def reset_peak() -> None:
-    """Start the kernel's high-water mark anew (Linux); elsewhere the mark is that of the whole process."""
+def reset_peak() -> bool:
+    """Start the kernel's high-water mark anew; False where it cannot be: then the mark is that of the whole process.
+
+    Only Linux starts it anew, and not every build of it, so what it holds afterwards is looked at: a mark that began
+    now is what the process holds now, but for the few MiB that the kernel's counters lag behind.
+    """
     global _earlier_mib
     _earlier_mib = max(_earlier_mib, peak_mib())
+    if sys.platform != "linux":
+        return False
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib() < _status_mib("VmRSS") + 16
 
 
 def peak_mib() -> float:
     """The highest resident memory of the process, in MiB, since `reset_peak`."""
     if sys.platform == "linux":
-        return int(_proc_field("/proc/self/status", "VmHWM").removesuffix(" kB")) / 1024
+        return _status_mib("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _status_mib(field: str) -> float:
+    return int(_proc_field("/proc/self/status", field).removesuffix(" kB")) / 1024
 
 
 def _cpu_name() -> str:
