@@ -11,7 +11,7 @@ READY := .venv/.ready
 POCKET_MODELS := pocket-mamba pocket-mamba2 pocket-falcon-mamba pocket-zamba2 pocket-hymba
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan doctor reproduce report verify record test rehearse lint bench lab models clean
+.PHONY: help setup plan doctor reproduce report verify record test rehearse lint bench lab book models clean
 
 help:  ## print this help
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -57,18 +57,23 @@ bench: $(READY)  ## measure speed: ratios within one run, on this machine
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
+book: $(READY)  ## make a web page of README, notebooks, tables and figures: site/html/index.html
+	@rm -rf site
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d site/doctrees . site/html
+	@echo site/html/index.html
+
 models: $(READY)  ## train the pocket models from nothing (hours; goes on where it stopped)
 	@$(BIN)/python -m shedder_utils.pocket.build
 	@for model in $(POCKET_MODELS); do $(BIN)/python -m shedder_utils.pocket.training $$model || exit 1; done
 
-clean:  ## remove .venv and caches; runs/ stays
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean:  ## remove .venv, the web page and caches; runs/ stays
+	@rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null \
 	  || { echo "$(PYTHON) is missing or not Python 3.11 to 3.13: name another, make PYTHON=python3.12"; exit 1; }
-	@echo "Setting up .venv: some 180 packages, a few minutes, once"
+	@echo "Setting up .venv: some 210 packages, a few minutes, once"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

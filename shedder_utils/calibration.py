@@ -1,7 +1,9 @@
 """Calibration data: the token batches on which a search measures perplexity.
 
 Built as the paper's release builds them (table 13, `paper.yaml`): samples drawn from a pool with a seed, joined by a
-blank line, tokenised as one stream, cut into equal sequences; the tail is dropped.
+blank line, tokenised as one stream, cut into equal sequences; the tail is dropped. The stream has the special tokens
+that the tokenizer adds by itself: those of Zamba2 and Hymba begin it with theirs, those of the Mamba models and of the
+pocket models add none. Held-out prose is made the same way, as perplexity on wikitext-2 is usually measured.
 
 B batch, L tokens.
 """
@@ -79,7 +81,8 @@ def calibrate(
     """Draw `samples` texts with `seed`, and cut their tokens into batches of (batch_size, sequence_length).
 
     source: a data name (`POOLS`, or `public_texts.SOURCES` on the Hub), a .jsonl or .jsonl.gz file with a column
-    `text`, a .txt file with paragraphs, or a list of texts. The last batch may hold fewer sequences.
+    `text`, a .txt file with paragraphs, or a list of texts. tokenizer: adds to the stream what it adds to any text,
+    such as a token that begins it. The last batch may hold fewer sequences.
     Raises DataError if the source is missing or too small.
     """
     pool = list(source) if not isinstance(source, (str, Path)) else _read(source)
@@ -88,7 +91,7 @@ def calibrate(
             f"calibration source {_name(source)} has {len(pool)} texts, {samples} were asked for: ask for fewer"
         )
     text = "\n\n".join(random.Random(seed).sample(pool, samples))
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     count = len(ids) // sequence_length
     if count == 0:
         raise DataError(

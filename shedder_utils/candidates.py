@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from .components import Component, Cut
+from .components import PARTS, Component, Cut
 from .errors import PlanError
 from .families import family_of
 from .plan import Stage
@@ -14,7 +14,7 @@ from .removal import components
 
 
 def candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Cut]) -> list[Cut]:
-    """What may go next, in depth order: not what is gone, nor what lies in it or holds it; channels one group less.
+    """What may go next, in depth order: not what is gone, nor what lies in it or holds it; parts one group less.
 
     Raises PlanError where nothing is left.
     """
@@ -24,13 +24,13 @@ def candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Cut]) -> lis
             continue
         if family_of(model).conflict(model, [*kept, component]):
             continue
-        if component.kind == "mlp_channels":
-            left.append(Cut(component, kept.get(component, width(model)) - stage.group))
+        if component.kind in PARTS:
+            left.append(Cut(component, kept.get(component, width(model, component.kind)) - stage.group))
         elif component not in kept:
             left.append(Cut(component))
-    left = [cut for cut in left if cut.kept > 0 or cut.component.kind != "mlp_channels"]
+    left = [cut for cut in left if cut.kept > 0 or cut.component.kind not in PARTS]
     if not left:
-        raise PlanError(f"nothing is left to remove of {' & '.join(stage.kinds)}: ask for fewer steps")
+        raise PlanError(f"nothing is left to remove of {' & '.join(stage.kinds)}: ask for less")
     return left
 
 
@@ -51,10 +51,15 @@ def check_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> None:
 
 
 def _removals(model: PreTrainedModel, component: Component, group: int) -> int:
-    """How often something can be taken from a component: channels, `group` at a time, as long as some are left."""
-    if component.kind != "mlp_channels":
+    """How often something can be taken from a component: parts, `group` at a time, as long as some are left."""
+    if component.kind not in PARTS:
         return 1
-    width = family_of(model).channels(model)
+    width, together = (how(model, component.kind) for how in (family_of(model).channels, family_of(model).together))
     if width % group:
-        raise PlanError(f"group {group} does not divide the {width} channels of {component}: choose a divisor")
+        what = PARTS[component.kind]
+        raise PlanError(f"group {group} does not divide the {width} {what} of {component}: choose a divisor")
+    if group % together:
+        raise PlanError(
+            f"group {group} of {component}: expected a multiple of {together}, the groups with their own B and C"
+        )
     return width // group - 1

@@ -13,19 +13,42 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from .calibration import Calibration, calibrate
+from .calibration import Calibration
+from .candidates import candidates
 from .components import Cut
 from .errors import DataError
-from .importance import perplexity
+from .importance import Perplexity, evaluating, perplexity
 from .plan import Plan, Stage
 from .removal import removed
 from .search import search
+from .search_memory import default_gib
 from .statistics import correlations
+from .sweep import Sweep
 
 Scores = Mapping[str, Callable[[PreTrainedModel], float]]
 """What is measured of a pruned model, by name."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one calibration data finds.
+
+    plan: of a search; alone: by component, the mean calibration loss in nats of the dense model without it, which is
+    how the first step ranks all; left: what is measured after some of the plan's removals, a row for each number.
+    """
+
+    plan: Plan
+    alone: dict[str, float]
+    left: pd.DataFrame
+
+    @property
+    def ranking(self) -> list[str]:
+        """All components, the one that the dense model misses least first."""
+        return sorted(self.alone, key=self.alone.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -33,12 +56,14 @@ class Certainty:
     """What several searches of one model agree on.
 
     plans: by the name of the calibration data. correlation: for each pair, Spearman's and Kendall's correlation of the
-    orders, and the share of removals that both make. spread: for each number of removals and each measurement, the
-    mean, standard deviation, least and most over the plans. ties: removals of each plan with a rival within error.
+    orders, and the share of removals that both make; ranking: the same for how the first step ranks all components.
+    spread: for each number of removals and each measurement, the mean, standard deviation, least and most over the
+    plans. ties: removals of each plan with a rival within error.
     """
 
     plans: dict[str, Plan]
     correlation: pd.DataFrame
+    ranking: pd.DataFrame
     spread: pd.DataFrame
     ties: pd.Series
 
@@ -56,42 +81,75 @@ def order_certainty(
 ) -> Certainty:
     """Search once with each calibration data, and compare the orders and what they leave.
 
-    held_out: text whose perplexity is measured after so many removals as `after` lists; measurements: more to measure
-    there, such as a task's accuracy. checkpoints: a folder where every search goes on from; options: of `search`.
+    checkpoints: a folder where every search goes on from; the others as for `finding`.
     Raises DataError for fewer than two calibrations.
     """
     if len(calibrations) < 2:
         raise DataError(f"order certainty: {len(calibrations)} calibrations were given, expected two or more")
-    plans = {}
+    after, found = list(after), {}
     for name, calibration in calibrations.items():
         checkpoint = checkpoints / f"{name}.json" if checkpoints else None
-        plans[name] = search(model, calibration, stages, checkpoint=checkpoint, **options)
-    measured = {"perplexity": lambda pruned: perplexity(pruned, held_out), **(measurements or {})}
+        settings: dict[str, Any] = {
+            "held_out": held_out, "after": after, "measurements": measurements, "checkpoint": checkpoint
+        }  # fmt: skip
+        found[name] = finding(model, calibration, stages, **settings, **options)
     return Certainty(
-        plans=plans,
-        correlation=correlations({name: names(plan) for name, plan in plans.items()}),
-        spread=_spread(model, plans, after, measured),
-        ties=pd.Series({name: len(plan.provenance["ties_within_error"]) for name, plan in plans.items()}, name="ties"),
+        plans={name: one.plan for name, one in found.items()},
+        correlation=correlations({name: names(one.plan) for name, one in found.items()}),
+        ranking=correlations({name: one.ranking for name, one in found.items()}),
+        spread=pd.concat([one.left for one in found.values()])
+        .groupby(level="removals")
+        .agg(["mean", "std", "min", "max"]),
+        ties=pd.Series(
+            {name: len(one.plan.provenance["ties_within_error"]) for name, one in found.items()}, name="ties"
+        ),
     )
 
 
-def draws(
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[str],
-    samples: Sequence[int],
-    seeds: Sequence[int],
+def finding(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    stages: Stage | Sequence[Stage],
     *,
-    sequence_length: int,
-    batch_size: int,
-) -> dict[str, Calibration]:
-    """Calibration data by name, such as "pocket-prose, 64 samples, seed 1": every source, size and seed together."""
-    settings = {"sequence_length": sequence_length, "batch_size": batch_size}
-    return {
-        f"{source}, {n} samples, seed {seed}": calibrate(source, tokenizer, samples=n, seed=seed, **settings)
-        for source in sources
-        for n in samples
-        for seed in seeds
-    }
+    held_out: Calibration,
+    after: Iterable[int],
+    measurements: Scores | None = None,
+    checkpoint: Path | None = None,
+    memory_gib: float | None = None,
+    **options: Any,
+) -> Finding:
+    """What one calibration data finds: how it ranks the components of the first stage, and a search.
+
+    held_out: text whose perplexity is measured after so many removals as `after` lists; measurements: more to measure
+    there, such as a task's accuracy. The others are as for `search`.
+    """
+    stages = [stages] if isinstance(stages, Stage) else list(stages)
+    settings = {"checkpoint": checkpoint, "memory_gib": memory_gib, **options}
+    plan = search(model, calibration, stages, **settings)
+    measured = {"perplexity": lambda pruned: perplexity(pruned, held_out), **(measurements or {})}
+    left = trajectory(model, plan, after, measured)
+    return Finding(plan, losses_alone(model, calibration, stages[0], memory_gib), left)
+
+
+def losses_alone(
+    model: PreTrainedModel, calibration: Calibration, stage: Stage, memory_gib: float | None = None
+) -> dict[str, float]:
+    """By candidate of a stage, the mean calibration loss in nats of the dense model without it, from one sweep."""
+    budget = default_gib(model.device) if memory_gib is None else memory_gib
+    left = candidates(model, stage, [])
+    with evaluating(model):
+        values = Sweep(model, calibration, Perplexity(), budget).values([], left, tqdm(disable=True))
+    return dict(zip(map(str, left), values.mean(dim=1).tolist(), strict=True))
+
+
+def beginning(calibration: Calibration, sequences: int) -> Calibration:
+    """The first sequences of calibration data. Raises DataError where there are fewer."""
+    if calibration.sequences < sequences:
+        raise DataError(
+            f"calibration data has {calibration.sequences} sequences, {sequences} were asked for: draw more texts"
+        )
+    rows, size = torch.cat(calibration.batches)[:sequences], len(calibration.batches[0])
+    return Calibration(list(rows.split(size)), {**calibration.source, "first_sequences": sequences})
 
 
 def names(plan: Plan) -> list[str]:
@@ -106,11 +164,3 @@ def trajectory(model: PreTrainedModel, plan: Plan, after: Iterable[int], measure
         with removed(model, plan.first(n).gone):
             rows[n] = {name: measure(model) for name, measure in measurements.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("removals")
-
-
-def _spread(
-    model: PreTrainedModel, plans: Mapping[str, Plan], after: Iterable[int], measurements: Scores
-) -> pd.DataFrame:
-    counts = list(after)
-    runs = {name: trajectory(model, plan, counts, measurements) for name, plan in plans.items()}
-    return pd.concat(runs).groupby(level="removals").agg(["mean", "std", "min", "max"])

@@ -1,4 +1,4 @@
-"""The order of MLP channels: which of them are the last, and so the first to go (Algorithm 2).
+"""The order of MLP channels, and of other parts: which of them are the last, and so the first to go (Algorithm 2).
 
 D model width, I channels.
 """
@@ -10,16 +10,25 @@ from transformers import PreTrainedModel
 
 from .errors import PlanError
 from .families import family_of
+from .families.finer_kinds import FinerKinds
+from .removal import components
 
 
 @torch.no_grad()
-def order_channels(model: PreTrainedModel) -> None:
+def order_channels(model: PreTrainedModel, kind: str = "mlp_channels") -> None:
     """Sort the channels of every MLP by the L1 norm of their gate and up rows, largest first, in place.
 
-    The model computes the same, to rounding. Optional before a search, as in the authors' release for Hymba.
-    Raises PlanError for a model without MLPs.
+    kind: "mlp_channels", or what the mixers of this model have of inner channels, heads and states, which are sorted by
+    the rows that make x and its gate, or B and C. The model computes the same, to rounding. Optional before a search,
+    as in the authors' release for Hymba. Raises PlanError for a model without MLPs, or without that kind.
     """
-    mlps = family_of(model).channel_weights(model)
+    family = family_of(model)
+    if isinstance(family, FinerKinds) and kind in family.finer and components(model, kind):
+        family.order_parts(model, kind)
+        return
+    if kind != "mlp_channels":
+        raise PlanError(f"this {model.config.model_type} model has no {kind!r} that could be ordered")
+    mlps = family.channel_weights(model)
     if not mlps:
         raise PlanError(f"a {model.config.model_type} model has no MLP whose channels could be ordered")
     for mlp in mlps:

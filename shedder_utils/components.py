@@ -1,6 +1,6 @@
 """Components: the parts of a model that pruning can remove, named by a kind and an index.
 
-The kinds are the granularities of the paper (section 3.2, figure 1).
+The kinds are the granularities of the paper (section 3.2, figure 1), and finer ones of the mixers of Mamba models.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ KINDS = {
     "hymba_block": "the hybrid heads of a Hymba layer",
     "attention": "the attention heads of a Hymba layer",
     "mlp_channels": "the last channels of an MLP",
+    "inner_channels": "the last inner channels of a Mamba-1 mixer",
+    "heads": "the last heads of a Mamba-2 mixer",
+    "states": "the last dimensions of a mixer's state",
 }
-"""What each kind is. For every kind but `mlp_channels` a component goes whole; there, the index is the MLP."""
+"""What each kind is; the last three are finer than the paper's. Components go whole, except of the kinds in `PARTS`."""
+
+PARTS = {"mlp_channels": "channels", "inner_channels": "channels", "heads": "heads", "states": "dimensions"}
+"""The kinds whose components lose parts, and what these are: the index is the MLP's, or the mixer's layer."""
 
 WITHIN = {
     "ssm": ("mamba_block", "hymba_block"),
@@ -29,6 +35,9 @@ WITHIN = {
     "mha": ("transformer_block",),
     "mlp": ("transformer_block",),
     "mlp_channels": ("mlp", "transformer_block"),
+    "inner_channels": ("mamba_block",),
+    "heads": ("mamba_block",),
+    "states": ("mamba_block", "ssm"),
 }
 """The kinds whose component of the same index holds one of this kind."""
 
@@ -73,7 +82,7 @@ class Component:
 class Cut(NamedTuple):
     """A component and what stays of it: the pair (component, kept), written `ssm:17` or `mlp_channels:3/2048`.
 
-    kept: channels that stay, for `mlp_channels`; 0 for every other kind, which goes whole.
+    kept: channels, heads or dimensions that stay, for the kinds in `PARTS`; 0 for the others, which go whole.
     """
 
     component: Component
@@ -87,9 +96,7 @@ class Cut(NamedTuple):
         """The cut that `str` wrote. Raises PlanError for any other text."""
         component, slash, kept = text.partition("/")
         if slash and not (kept.isdecimal() and int(kept)):
-            raise PlanError(
-                f"cut {text!r} is malformed: expected channels that stay after '/', as in mlp_channels:3/2048"
-            )
+            raise PlanError(f"cut {text!r} is malformed: expected what stays after '/', as in mlp_channels:3/2048")
         return cls(Component.parse(component), int(kept or 0))
 
 

@@ -9,18 +9,20 @@ was measured come from the records (`schedule.py`). Nothing is downloaded and no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
+from .components import PARTS
 from .errors import ProfileError
 from .families import family_of
 from .loading import local_folder
-from .plan import Stage
-from .profiles import RECOVERY, Profile, Study
+from .prefix import shared_removals
+from .profiles import CERTAINTY, RECOVERY, CalibrationSettings, Certainty, Profile, StageSettings, Strategy, Study
 from .removal import components
 from .schedule import Schedule
 from .search_memory import GIB, TOKENS_AT_ONCE, default_gib, search_memory
@@ -40,6 +42,8 @@ TASKS = {
 }  # fmt: skip
 """Of lm-eval's tasks: items, requests of each, and tokens of a request, about."""
 OTHER_TASK = (400, 4, 60)
+ESTIMATED = {"block_influence": 2.0, "taylor": 6.0, "magnitude": 0.0, "random": 0.0}
+"""Passes of the calibration data that one step of an estimated metric takes, about."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class Job:
     """The runs of one study on one model.
 
     passes: what Algorithm 1 would need, one full pass of the calibration data for each candidate of each step, at most
-    where kinds compete; flops, bytes: of the fast search and the evaluations; gib: peak memory, weights included;
-    single: in float32, whatever the profile's numbers are.
+    where one kind takes from another, without the steps that are taken over from a search before; flops, bytes: of the
+    fast search and the evaluations; gib: peak memory, weights included; single: in float32, whatever the profile's
+    numbers are.
     """
 
     study: str
@@ -129,13 +134,18 @@ class CostPlan:
     def _jobs(self) -> Iterator[Job]:
         for name in self._wanted:
             pricing = _Pricing(self.profile, name)
-            for study in self.profile.studies:
+            searched = [study for study in self.profile.studies if self._runs(study, name, "search")]
+            for number, study in enumerate(searched):
+                yield pricing.search(study, before=searched[:number])
+            for study in self.profile.beyond:
                 if self._runs(study, name, "search"):
-                    yield pricing.search(study)
-            for study in ("dense", *self.profile.studies):
-                evaluated = self._runs(study, name) - self._runs(study, name, "search")
+                    yield pricing.drawing(self.profile.calibration_in(study, name)).strategy(study)
+            for study in ("dense", *self.profile.searches):
+                evaluated = self._runs(study, name) - sum(self._runs(study, name, s) for s in ("search", "savings"))
                 if evaluated:
                     yield pricing.evaluations(study, evaluated)
+            if self.profile.certainty and self._runs(CERTAINTY, name):
+                yield pricing.certainty(self.profile.certainty)
             if tunings := self._runs(RECOVERY, name):
                 yield pricing.recovery(tunings)
                 yield pricing.evaluations(RECOVERY, tunings)
@@ -164,27 +174,71 @@ class _Pricing:
         length = self.calibration.sequence_length
         return max(1, self.calibration.samples * TOKENS_OF_A_TEXT // length) * length
 
-    def search(self, study: str) -> Job:
-        """A search by one sweep a step, with a full pass for each removal and one before the first."""
+    def drawing(self, calibration: CalibrationSettings) -> _Pricing:
+        """The same with other calibration data."""
+        other = copy(self)
+        other.calibration = calibration
+        return other
+
+    def search(self, study: str, before: Sequence[str] = ()) -> Job:
+        """A search by one sweep a step, with a full pass for each removal and one before the first.
+
+        before: the searches that are there by then, to take the first steps over from.
+        """
         settings = self.profile.studies[study]
-        length, work = self.calibration.sequence_length, work_per_token(self.model, self.calibration.sequence_length)
+        others = (self.profile.studies[other].plan_stages for other in before)
+        known = max((shared_removals(settings.plan_stages, other) for other in others), default=0)
+        counts = candidates_by_step(self.model, settings)[known:]
+        passes = self._swept(settings, counts, known) + len(counts) + (not known)
+        return self._job(study, "search", settings, sum(counts), passes, len(counts) * 2 + (not known))
+
+    def strategy(self, study: str) -> Job:
+        """A search that the paper does not have: candidates are measured at every step, or once, or estimated."""
+        settings = self.profile.beyond[study]
         counts = candidates_by_step(self.model, settings)
-        later = _share_from(self.model, settings, work)
-        passes = sum(1 + share * n for n, share in zip(counts, later, strict=True)) + settings.steps + 1
+        if settings.metric in ESTIMATED:
+            steps = 1 if settings.one_shot else len(counts)
+            return self._job(study, "search", settings, 0, ESTIMATED[settings.metric] * steps, 2 * steps)
+        counts = [counts[0], *([0] * (len(counts) - 1))] if settings.one_shot else counts
+        swept = self._swept(settings, [n for n in counts if n]) + len(counts) + 1
+        return self._job(study, "search", settings, sum(counts), swept, len(counts) * 2 + 1)
+
+    def certainty(self, settings: Certainty) -> Job:
+        """A search with each draw of calibration data, and one sweep more that ranks all components."""
+        stage = StageSettings(kinds=(settings.kind,), steps=settings.steps)
+        each = Strategy(stages=(stage,), rows={})
+        counts = candidates_by_step(self.model, each)
+        counts = [counts[0], *counts]
+        draws = self.calibration.model_copy(update={"sequence_length": settings.sequence_length,
+                                                    "batch_size": settings.batch_size})  # fmt: skip
+        sequences = sum(draw.sequences for draw in settings.draws.values())
+        swept = self._swept(each, counts[1:]) + self._swept(each, counts[:1]) + settings.steps + 1
+        one = self.drawing(draws)._job(CERTAINTY, f"{len(settings.draws)} searches", each, 0, swept, len(counts) * 2)
+        share = sequences * settings.sequence_length / self.drawing(draws).tokens
+        return replace(one, passes=len(settings.draws) * sum(counts), flops=one.flops * share, bytes=one.bytes * share)
+
+    def _swept(self, settings: Study | Strategy, counts: Sequence[int], known: int = 0) -> float:
+        """Passes that sweeps take, for so many candidates in each step after those known."""
+        work = work_per_token(self.model, self.calibration.sequence_length)
+        later = _share_from(self.model, settings, work)[known : known + len(counts)]
+        return sum(1 + share * n for n, share in zip(counts, later, strict=True))
+
+    def _job(self, study: str, what: str, settings: Study | Strategy, count: int, passes: float, walks: int) -> Job:
+        """count: passes of Algorithm 1; passes: those that are done; walks: how often all weights are read."""
+        length, work = self.calibration.sequence_length, work_per_token(self.model, self.calibration.sequence_length)
         rows = max(1, TOKENS_AT_ONCE // length)
-        reads = (settings.steps * 2 + 1) * max(1, self.tokens // (rows * length)) * self.weights
+        reads = walks * max(1, self.tokens // (rows * length)) * self.weights
         moved = passes * self.tokens * len(work.layers) * work.traffic * self.number_bytes
         return Job(
-            study, self.name, "search", sum(counts), passes * self.tokens * work.whole, reads + moved,
+            study, self.name, what, count, passes * self.tokens * work.whole, reads + moved,
             self._search_gib(settings),
         )  # fmt: skip
 
-    def _search_gib(self, settings: Study) -> float:
+    def _search_gib(self, settings: Study | Strategy) -> float:
         """The peak of a search; what is kept is less where all of it takes less than the budget."""
         length = self.calibration.sequence_length
-        stages = [Stage(**stage.model_dump(exclude_none=True)) for stage in settings.stages]
         peak = search_memory(
-            self.model, stages, sequences=self.tokens // length, sequence_length=length,
+            self.model, settings.plan_stages, sequences=self.tokens // length, sequence_length=length,
             batch_size=self.calibration.batch_size, memory_gib=self.search_gib,
         )  # fmt: skip
         return peak.total / GIB
@@ -220,21 +274,21 @@ class _Pricing:
         )  # fmt: skip
 
 
-def candidates_by_step(model: PreTrainedModel, study: Study) -> list[int]:
+def candidates_by_step(model: PreTrainedModel, study: Study | Strategy) -> list[int]:
     """How many candidates each step of a search has: its passes by Algorithm 1.
 
-    Exact where components of one kind go; where kinds compete or follow each other, at most, for what goes first
-    decides what is left. An MLP stays a candidate as long as it has channels to lose.
+    Exact where no kind takes from another; where one does, as blocks take their SSMs, at most, for what goes first
+    decides what is left. An MLP stays a candidate as long as it has channels to lose, a mixer as long as it has heads.
     """
     counts: list[int] = []
     for number, stage in enumerate(study.stages):
-        there, shrinks = len(components(model, stage.kinds)), "mlp_channels" not in stage.kinds
+        there, shrinks = len(components(model, stage.kinds)), not PARTS.keys() & set(stage.kinds)
         before = sum(s.steps for s in study.stages[:number] if set(s.kinds) <= set(stage.kinds)) if shrinks else 0
         counts += [there - before - step if shrinks else there for step in range(stage.steps)]
     return counts
 
 
-def _share_from(model: PreTrainedModel, study: Study, work: Work) -> list[float]:
+def _share_from(model: PreTrainedModel, study: Study | Strategy, work: Work) -> list[float]:
     """For each step the share of a pass that a candidate's variant still has to run, from its layer on; the mean."""
     shares = []
     for stage in study.stages:

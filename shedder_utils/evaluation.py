@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import hub
 from .errors import DataError
 from .pocket.tasks import TASKS, task_configs
+from .statistics import packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,11 +34,15 @@ BOOTSTRAP = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task: its value as lm-eval gives it, its standard error, and the number of items."""
+    """One metric of one task: its value as lm-eval gives it, its standard error, and the number of items.
+
+    items: of an accuracy, which items were answered rightly, as `statistics.packed` writes it.
+    """
 
     value: float
     stderr: float
     n: int
+    items: str | None = None
 
 
 Scores = dict[tuple[str, str], Score]
@@ -66,10 +71,13 @@ def evaluate(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **AS_THE_PAPER
         )  # fmt: skip
         results = lm_eval.evaluate(
-            lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+            lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True
         )
+    counts, samples = results["n-samples"], results["samples"]
     return {
-        (task, metric): Score(value, _stderr(found[f"{metric}_stderr,none"]), results["n-samples"][task]["effective"])
+        (task, metric): Score(
+            value, _stderr(found[f"{metric}_stderr,none"]), counts[task]["effective"], _items(samples[task], metric)
+        )
         for task, found in results["results"].items()
         for metric, value in _metrics(found)
     }
@@ -114,6 +122,12 @@ def _metrics(found: dict[str, Any]) -> list[tuple[str, float]]:
     return [
         (key.split(",")[0], value) for key, value in found.items() if key.endswith(",none") and "_stderr" not in key
     ]
+
+
+def _items(samples: list[dict[str, Any]], metric: str) -> str | None:
+    """What a metric is on each item, in the order of the task, if it is 0 or 1 everywhere."""
+    values = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return packed(values) if all(value in (0, 1) for value in values) else None
 
 
 def _stderr(value: float | str) -> float:

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .components import Component, cuts
+from .components import PARTS, Component, cuts
 from .costs import Costs, costs
 from .families import family_of
-from .removal import prune
+from .removal import components, prune
 
 COLUMNS = (
     "kind", "count", "parameters_each", "parameters", "share", "parameters_apart", "bytes", "cache_bytes",
@@ -24,9 +24,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def describe(model: PreTrainedModel, *, tokens: int = 512) -> pd.DataFrame:
+def describe(model: PreTrainedModel, *, tokens: int = 512, kinds: Sequence[str] | None = None) -> pd.DataFrame:
     """One row for each kind that can be removed, and one for the whole model.
 
+    kinds: which, finer ones among them; by default those that the paper has.
     count: components. parameters: of all of them, unique ones; parameters_each: the mean; share: of the model's. A
     component weighs what is left without a reader when it alone is gone, so that blocks which several layers share
     weigh nothing but their adapters. parameters_apart: with a private copy for each layer, its adapter merged; where
@@ -35,9 +36,8 @@ def describe(model: PreTrainedModel, *, tokens: int = 512) -> pd.DataFrame:
     """
     family, total, itemsize = family_of(model), model.num_parameters(), model.dtype.itemsize
     dense, rows = _costs(_outline(model), tokens), []
-    for kind in family.kinds:
-        found = [component for component in family.components(model) if component.kind == kind]
-        if found:
+    for kind in family.kinds if kinds is None else kinds:
+        if found := components(model, kind):
             weight = sum(family.dead_parameters(model, component) for component in found)
             apart = sum(family.parameters_apart(model, component) for component in found)
             sizes = (weight / len(found), weight, weight / total, apart, weight * itemsize)
@@ -50,14 +50,21 @@ def describe(model: PreTrainedModel, *, tokens: int = 512) -> pd.DataFrame:
 def _freed(model: PreTrainedModel, gone: Sequence[Component], dense: Costs, tokens: int) -> tuple[int, float]:
     """Bytes of cache and FLOPs per token that go with all components of a kind.
 
-    Of MLP channels one has to stay: what goes with the others is scaled to all of them.
+    Of MLP channels and other parts some have to stay: what goes with the others is scaled to all of them.
     """
-    channels = family_of(model).channels(model) if gone[0].kind == "mlp_channels" else 0
+    family, kind, least, scale = family_of(model), gone[0].kind, 0, 1.0
+    if kind in PARTS:
+        channels, least = family.channels(model, kind), family.together(model, kind)
+        scale = channels / (channels - least)
+    left = costs_without(model, [(component, least) for component in gone], tokens)
+    return round(scale * (dense.cache_bytes - left.cache_bytes)), scale * (dense.flops - left.flops) / tokens
+
+
+def costs_without(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]], tokens: int) -> Costs:
+    """What a prompt of so many tokens, and a token after it, cost without components; `gone` as for `removed`."""
     outline = _outline(model)
-    prune(outline, [(component, 1) for component in gone] if channels else gone)
-    left = _costs(outline, tokens)
-    scale = channels / (channels - 1) if channels else 1.0
-    return dense.cache_bytes - left.cache_bytes, scale * (dense.flops - left.flops) / tokens
+    prune(outline, gone)
+    return _costs(outline, tokens)
 
 
 def _costs(outline: PreTrainedModel, tokens: int) -> Costs:
@@ -79,13 +86,7 @@ def _outline(model: PreTrainedModel) -> PreTrainedModel:
 
 def parameters_removed(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> int:
     """How many parameters go with components, as the paper's ratios count them; `gone` as for `removed`."""
-    family = family_of(model)
-    return sum(
-        (family.channels(model) - kept) * family.channel_parameters(model)
-        if component.kind == "mlp_channels"
-        else family.parameters(model, component)
-        for component, kept in cuts(gone)
-    )
+    return family_of(model).parameters_removed(model, cuts(gone))
 
 
 def ratio(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, int]]) -> float:

@@ -36,7 +36,8 @@ def model_card(model: PreTrainedModel, *, in_stock: bool, scores: Mapping[tuple[
         f"Parameters: {after:,} of {before:,} ({after / before:.1%}).", "",
         "## What was removed", "", *_removals(plan, record["removed"]), "",
         "In this order. Numbers are those of the dense model's layers, of its hybrid positions for parts of Zamba2's "
-        "Transformer blocks; `mlp_channels` are given as MLP/channels left.", "",
+        "Transformer blocks; `mlp_channels` are given as MLP/channels left, `inner_channels`, `heads` and `states` as "
+        "layer/number left.", "",
         *_calibration(plan.calibration),
         *_scores(scores or {}),
         "## Loading", "", "```python", *OWN, *(STOCK if in_stock else ()), "```", "",

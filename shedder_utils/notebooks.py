@@ -1,12 +1,15 @@
 """Running the notebooks: papermill executes them in order, and what they compute is recorded as they go.
 
-A notebook names the studies it shows in its metadata (`shedder: {studies: [...]}`) and takes its settings from one
-cell tagged `parameters`. All notebooks of a run share one Python process, since importing torch, transformers and
-lm-eval takes longer than many a notebook; each starts with nothing defined.
+A notebook names the studies that it computes in its metadata (`shedder: {studies: [...]}`) and takes its settings from
+one cell tagged `parameters`. It runs where one of them is chosen, or all of them if it sets them beside each other
+(`together: true`); one that names none shows what is there, and always runs. All notebooks of a run share one Python
+process, since importing torch, transformers and lm-eval takes longer than many a notebook; each starts with nothing
+defined.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from .errors import ProfileError, ShedderError
 from .files import ROOT, in_project
 from .freshness import is_fresh, made_from, mark
 from .profiles import Profile
-from .schedule import Schedule
+from .schedule import Schedule, choosing, steps
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
@@ -32,33 +35,71 @@ def run(
     """Execute the notebooks of some studies, or all; return the tables and figures they leave.
 
     profile: a name or a path; models: names in it, none for all; output: the folder for records, tables, figures and
-    executed notebooks. Raises ProfileError for a model or study that the profile does not have, and ShedderError for
-    a notebook that fails, with its last line.
+    executed notebooks. A pruning study that no notebook shows is computed before them. Raises ProfileError for a model
+    or study that the profile does not have, and ShedderError for a notebook that fails, with its last line.
     """
     settings = profiles.load(profile)
     _known("model", models, settings.models)
     _known("study", studies, settings.study_names)
-    wanted = set(studies or settings.study_names)
-    chosen = [file for file in sorted(FOLDER.glob("[0-9]*.ipynb")) if wanted & set(_studies(file))]
+    chosen, unshown = _chosen(settings, models, studies), _unshown(settings, studies)
     print(f"profile {settings.name}: {settings.title}", file=sys.stderr)
     print(
         f"models: {', '.join(models or settings.models)}; notebooks: {', '.join(f.stem for f in chosen)}",
         file=sys.stderr,
     )
-    print(*Schedule(settings, output, models=models, studies=studies).lines(), sep="\n", file=sys.stderr)
+    what = computed(settings, models, studies)
+    schedule = Schedule(settings, output, models=models, studies=what)
+    print(*schedule.lines(), sep="\n", file=sys.stderr)
     parameters = {"profile": profile, "models": ",".join(models), "output": str(output)}
-    _execute_stale(chosen, settings, parameters)
+    with choosing(models, what):
+        _compute(unshown, schedule, output)
+        _execute_stale(chosen, schedule, parameters)
     return report.build(profile, output)
 
 
-def _execute_stale(chosen: Sequence[Path], settings: Profile, parameters: dict[str, str]) -> None:
+def computed(profile: Profile, models: Sequence[str] = (), studies: Sequence[str] = ()) -> list[str]:
+    """The studies that `run` computes for those that are asked for: a notebook computes all that it names."""
+    named = {name for names in _chosen(profile, models, studies).values() for name in names}
+    return [name for name in profile.study_names if name in {*named, *_unshown(profile, studies)}]
+
+
+def _chosen(profile: Profile, models: Sequence[str], studies: Sequence[str]) -> dict[Path, set[str]]:
+    """The notebooks that a run of some models and studies executes, and the studies that each computes."""
+    wanted, found = set(studies or profile.study_names), dict[Path, set[str]]()
+    for file, metadata in _metadata().items():
+        named = set(metadata["studies"])
+        asked = named <= wanted if metadata.get("together") else named & wanted
+        if not named or (asked and steps(profile, models, list(named))):
+            found[file] = named
+    return found
+
+
+def _unshown(profile: Profile, studies: Sequence[str]) -> list[str]:
+    """The pruning studies asked for that no notebook shows."""
+    shown = {name for metadata in _metadata().values() for name in metadata["studies"]}
+    return [name for name in studies or profile.studies if name in profile.studies and name not in shown]
+
+
+def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> None:
+    """Compute what is left of some pruning studies."""
+    from .studies import Workbench, pruning
+
+    profile, left = schedule.profile, set(schedule.left)
+    for name in names:
+        for model in profile.studies[name].rows:
+            if left & set(steps(profile, [model], [name])):
+                pruning(Workbench(profile, model, output), name)
+
+
+def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters: dict[str, str]) -> None:
     """Execute those notebooks that a new run would change: what they show is not recorded, or was made from other."""
-    folder, models = in_project(parameters["output"]) / "notebooks" / settings.name, parameters["models"].split(",")
-    left = Schedule(settings, parameters["output"], models=list(filter(None, models))).left
-    waiting = {step.part_of for step in left}
+    settings, left = schedule.profile, set(schedule.left)
+    folder = in_project(parameters["output"]) / "notebooks" / settings.name
     wanted = {file: made_from(file, settings, parameters) for file in chosen}
     stale = [
-        file for file in chosen if waiting & {None, *_studies(file)} or not is_fresh(folder / file.name, wanted[file])
+        file
+        for file, named in chosen.items()
+        if left & set(steps(settings, studies=list(named))) or not is_fresh(folder / file.name, wanted[file])
     ]
     if not stale:
         print(f"Nothing to do: all runs are recorded, and the notebooks in {folder} show them.", file=sys.stderr)
@@ -145,12 +186,10 @@ def _tidy(notebook: Path) -> None:
     nbformat.write(content, notebook)
 
 
-def _studies(notebook: Path) -> list[str]:
-    """The studies that a notebook shows."""
-    import nbformat
-
-    metadata = nbformat.read(notebook, as_version=4).metadata
-    return list(metadata.get("shedder", {}).get("studies", []))
+def _metadata() -> dict[Path, dict[str, Any]]:
+    """What each notebook says of itself: `studies`, and whether it takes them `together`."""
+    files = sorted(FOLDER.glob("[0-9]*.ipynb"))
+    return {file: json.loads(file.read_text(encoding="utf-8"))["metadata"]["shedder"] for file in files}
 
 
 def _known(what: str, names: Sequence[str], there: Collection[str]) -> None:

@@ -27,7 +27,7 @@ class Stage(BaseModel):
     """One stage of a search: the kinds that compete with each other, and how many removals it makes.
 
     kinds: a kind or a list of them ("&" in table 3; stages that follow each other are its "+");
-    steps: removals; group: MLP channels removed at a time, for the kind `mlp_channels` only.
+    steps: removals; group: MLP channels removed at a time, or inner channels, heads or states; for these kinds only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,9 +43,9 @@ class Stage(BaseModel):
 class Removal(BaseModel):
     """One step of a plan.
 
-    component: what went; kept: channels left, for `mlp_channels` only; stage: number of its stage, from 0;
-    score: what the search chose it by, lower is better (see `Plan`); parameters: how many it takes from the model,
-    counted as the paper's ratios count them.
+    component: what went; kept: channels, heads or states left, for kinds that lose parts only; stage: number of its
+    stage, from 0; score: what the search chose it by, lower is better (see `Plan`); parameters: how many it takes from
+    the model, counted as the paper's ratios count them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,12 +68,17 @@ class Plan(BaseModel):
     went, in units of their own, and dense_score is None. With provenance["one_shot"], all scores are those of a
     removal from the dense model.
 
-    provenance: how the plan was made. seed: of "random"; ranks: processes. For what is measured also method;
+    provenance: how the plan was made. seed: of "random"; ranks: processes. For what is measured also method; passes:
+    candidates that were measured, each by one full pass in Algorithm 1;
     layer_runs: layers evaluated, in layers times sequences; layer_runs_plain: those that Algorithm 1 would take;
     layer_runs_reused: those spared by what was kept from earlier steps; memory_gib: what was allowed to be held; ties:
     candidates within rounding of the best, settled by full passes. ties_within_error: removals whose choice the
     calibration data does not support, each with its rivals, which are as good within 1.96 standard errors of the paired
-    difference.
+    difference. taken_over: where the first removals come from, {study, removals, checksum} of a recorded search that
+    begins alike; the counts are then those of the others.
+
+    Where cost counts (`savings.py`): per, what each component saves, by which candidates were weighed; until, the
+    budget; saved: by unit, what is predicted to be saved after each removal.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -95,7 +100,7 @@ class Plan(BaseModel):
 
     @property
     def gone(self) -> list[Cut]:
-        """What `removed` takes for the whole plan: each component once, with the channels that stay at the end."""
+        """What `removed` takes for the whole plan: each component once, with the parts that stay at the end."""
         left = {removal.component: removal.kept or 0 for removal in self.removals}
         return [Cut(component, kept) for component, kept in left.items()]
 

@@ -58,11 +58,15 @@ class DataFacts(_Strict):
 
 
 class Metric(_Strict):
-    """A measured number with its standard error and the number of items behind it, where it has them."""
+    """A measured number with its standard error and the number of items behind it, where it has them.
+
+    items: of an accuracy, which items were answered rightly, as `statistics.packed` writes it.
+    """
 
     value: float
     stderr: float | None = None
     n: int | None = None
+    items: str | None = Field(default=None, exclude_if=lambda items: items is None)
 
 
 class Outcome(_Strict):

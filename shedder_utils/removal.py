@@ -15,7 +15,7 @@ from weakref import WeakSet
 from torch import nn
 from transformers import PreTrainedModel
 
-from .components import Component, Cut, cuts
+from .components import PARTS, Component, Cut, cuts
 from .errors import PlanError
 from .families import family_of
 
@@ -23,15 +23,16 @@ _MASKED: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def components(model: PreTrainedModel, kinds: str | Iterable[str] | None = None) -> list[Component]:
-    """What can be removed from a model, in depth order; `kinds` narrows it to one kind or several.
+    """What can be removed from a model, in depth order; of one kind or several, by default of all that the paper has.
 
     Raises PlanError for a kind that the model does not have.
     """
     family = family_of(model)
     wanted = family.kinds if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    unknown = [kind for kind in wanted if kind not in family.kinds]
+    known = (*family.kinds, *family.finer)
+    unknown = [kind for kind in wanted if kind not in known]
     if unknown:
-        expected = ", ".join(family.kinds)
+        expected = ", ".join(known)
         raise PlanError(f"a {model.config.model_type} model has no {unknown[0]!r} to remove: expected {expected}")
     return [component for component in family.components(model) if component.kind in wanted]
 
@@ -40,14 +41,14 @@ def check(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, in
     """Refuse components that cannot go together from a model.
 
     Raises PlanError for one that the model does not have, one removed twice, one inside another that goes too, one that
-    what stays cannot do without, a number of MLP channels to keep that is not below the MLP's width, and a model with
-    adapters.
+    what stays cannot do without, a number of parts to keep (channels, heads, dimensions) that is not below the width,
+    and a model with adapters.
     """
     if model._hf_peft_config_loaded:
         raise PlanError("this model has LoRA adapters, which removal would not see: merge them first")
-    there, kept = set(components(model)), cuts(gone)
-    counts = Counter(component for component, _ in kept)
-    if conflict := family_of(model).conflict(model, counts):
+    family, kept = family_of(model), cuts(gone)
+    there, counts = set(family.components(model)), Counter(component for component, _ in kept)
+    if conflict := family.conflict(model, counts):
         raise PlanError(conflict)
     for component, count in counts.items():
         if component not in there:
@@ -61,17 +62,20 @@ def check(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, in
         for other in counts:
             if component.within(other):
                 raise PlanError(f"{component} lies in {other}, which is removed too: drop one of them")
-    for component, channels in kept:
-        _check_kept(component, channels, family_of(model).channels(model) if component.kind == "mlp_channels" else 0)
+    for component, left in kept:
+        if component.kind in PARTS:
+            _check_kept(model, component, left)
+        elif left:
+            raise PlanError(f"{component} goes whole, {left} channels to keep were given: expected none")
 
 
-def _check_kept(component: Component, kept: int, width: int) -> None:
-    if width and not 0 < kept < width:
-        raise PlanError(
-            f"{component} keeps {kept} of {width} channels: expected 1 to {width - 1}, in a pair (component, kept)"
-        )
-    if kept and not width:
-        raise PlanError(f"{component} goes whole, {kept} channels to keep were given: expected none")
+def _check_kept(model: PreTrainedModel, component: Component, kept: int) -> None:
+    width, together = (how(model, component.kind) for how in (family_of(model).channels, family_of(model).together))
+    keeps = f"{component} keeps {kept} of {width} {PARTS[component.kind]}"
+    if not 0 < kept < width:
+        raise PlanError(f"{keeps}: expected 1 to {width - 1}, in a pair (component, kept)")
+    if kept % together:
+        raise PlanError(f"{keeps}: expected a multiple of {together}, the groups with their own B and C")
 
 
 @contextmanager
@@ -80,8 +84,9 @@ def removed(
 ) -> Iterator[PreTrainedModel]:
     """Inside, `model` computes as if the components were gone; afterwards it is bit for bit what it was.
 
-    components: may be none; for `mlp_channels`, pairs of a component and the number of channels that stay.
-    The pruned counterparts share the model's parameters. Raises PlanError (see `check`) before anything changes.
+    components: may be none; for kinds that lose parts (`components.PARTS`), pairs of a component and the number of
+    parts that stay. The pruned counterparts share the model's parameters, but for mixers without some of their heads,
+    channels or states, which hold copies of what stays. Raises PlanError (see `check`) before anything changes.
     """
     gone = cuts(components)
     check(model, gone)

@@ -7,28 +7,32 @@ since is found out, and the run repeated, when its turn comes.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import records
 from .files import in_project
-from .profiles import RECOVERY, Profile
+from .profiles import CERTAINTY, DENSE, INVENTORY, PARETO, RECOVERY, SPEED, Profile
 from .records import Record
 
 LEAST = 10.0
 """Seconds of recorded runs below which the ratio of your times to the recorded ones says nothing."""
+CHOICE = "SHEDDER_CHOICE"
+"""The variable of the environment in which a process finds what is run: models and studies, as JSON."""
 
 
 @dataclass(frozen=True, order=True)
 class Step:
-    """One run: where its record lies, and the pruning study that it is part of, if any."""
+    """One run: where its record lies."""
 
     study: str
     model: str
     setting: str
-    part_of: str | None = None
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -37,28 +41,48 @@ class Step:
 
 
 def steps(profile: Profile, models: Sequence[str] = (), studies: Sequence[str] = ()) -> list[Step]:
-    """All runs of a profile, or those of some models and studies and what these need."""
-    chosen = [step for step in _all(profile) if not models or step.model in models]
-    if not studies:
-        return chosen
-    about = {step.model for step in chosen if step.part_of in studies}
-    return [step for step in chosen if step.model in about and step.part_of in (None, *studies)]
+    """All runs of a profile, each once, or those that some models and studies take."""
+    wanted = (step for name, step in _by_study(profile) if not studies or name in studies)
+    return list(dict.fromkeys(step for step in wanted if not models or step.model in models))
 
 
-def _all(profile: Profile) -> Iterator[Step]:
+def _by_study(profile: Profile) -> Iterator[tuple[str, Step]]:
+    """Every run by the study that takes it; more than one takes a search, or the scores of a dense model."""
     for model in profile.models:
-        yield Step("inventory", model, "components")
-        yield Step("dense", model, "scores")
-        yield Step("dense", model, "without_ssms")
-    for name, study in profile.studies.items():
+        yield INVENTORY, Step(INVENTORY, model, "components")
+        yield DENSE, Step(DENSE, model, "scores")
+        yield DENSE, Step(DENSE, model, "without_ssms")
+    for name, study in profile.searches.items():
         for model, rows in study.rows.items():
-            yield Step(name, model, "search", name)
-            yield from (Step(name, model, f"{n:02d}_removed", name) for n in rows if n)
+            yield from ((name, step) for step in _search(profile, name, model))
+            yield from ((name, _scores(name, model, n)) for n in rows)
     for number, table in profile.speed.tables.items() if profile.speed else ():
-        yield Step("speed", table.model, f"table_{number}", table.study)
+        yield SPEED, Step(table.study, table.model, "search")
+        yield SPEED, Step(SPEED, table.model, f"table_{number}")
     for tuned in profile.recovery.tables.values() if profile.recovery else ():
-        for state in ("dense", *(row.state for row in tuned.rows)):
-            yield Step(RECOVERY, tuned.model, f"{state}_tuned", RECOVERY)
+        yield RECOVERY, Step(DENSE, tuned.model, "scores")
+        yield RECOVERY, Step(RECOVERY, tuned.model, "dense_tuned")
+        for row in tuned.rows:
+            yield RECOVERY, Step(row.study, tuned.model, "search")
+            yield RECOVERY, _scores(row.study, tuned.model, row.removed)
+            yield RECOVERY, Step(RECOVERY, tuned.model, f"{row.state}_tuned")
+    if profile.certainty:
+        for model in profile.certainty.models:
+            yield from ((CERTAINTY, Step(CERTAINTY, model, draw)) for draw in profile.certainty.draws)
+    if profile.pareto:
+        for name in profile.pareto.studies:
+            yield from ((PARETO, step) for step in _search(profile, name, profile.pareto.model))
+        yield PARETO, Step(PARETO, profile.pareto.model, "speed")
+
+
+def _search(profile: Profile, study: str, model: str) -> Iterator[Step]:
+    if study in profile.beyond and profile.beyond[study].per:
+        yield Step(study, model, "savings")
+    yield Step(study, model, "search")
+
+
+def _scores(study: str, model: str, n_removed: int) -> Step:
+    return Step(study, model, f"{n_removed:02d}_removed") if n_removed else Step(DENSE, model, "scores")
 
 
 class Schedule:
@@ -125,11 +149,22 @@ class Schedule:
         return f"{len(self.left)} of {len(self.steps)} runs, {time}{more}"
 
 
+@contextmanager
+def choosing(models: Sequence[str], studies: Sequence[str]) -> Iterator[None]:
+    """While the body runs, progress here and in processes started from here says what is left of these alone."""
+    os.environ[CHOICE] = json.dumps({"models": list(models), "studies": list(studies)})
+    try:
+        yield
+    finally:
+        del os.environ[CHOICE]
+
+
 def report_progress(profile: Profile, output: str | Path, record: Record) -> None:
-    """One line on stderr after a run: what it was, how long it took, and what is left of the whole profile."""
+    """One line on stderr after a run: what it was, how long it took, and what is left of what was chosen."""
     what = f"{record.study}, {record.model.name}, {record.setting}"
     took = f"{duration(record.cost.seconds)}, {record.cost.peak_mib:,.0f} MiB"
-    print(f"{what}: {took}. Left: {Schedule(profile, output).summary()}", file=sys.stderr, flush=True)
+    left = Schedule(profile, output, **json.loads(os.environ.get(CHOICE, "{}"))).summary()
+    print(f"{what}: {took}. Left: {left}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -5,13 +5,15 @@ goes for good. `method="plain"` is that, word for word. `method="fast"` gets the
 layers for each step (`sweep.py`), and settles ties within rounding by the plain rule, so that its plan is the same.
 
 Other metrics take the place of perplexity as baselines: the divergence from the dense model is measured likewise, the
-rest is estimated (`rankings.py`), where `method` makes no difference.
+rest is estimated (`rankings.py`), where `method` makes no difference. With `per`, components that differ in cost
+compete by what the loss rises for each unit of cost that they save (`savings.py`).
 
 C candidates, S sequences.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ from .loading import identity
 from .plan import Plan, Removal, Stage
 from .rankings import RANKINGS
 from .removal import removed
+from .resuming import resumed
+from .savings import Budget, Savings, saving_no_less, standing, worth_removing
 from .search_memory import default_gib
 from .statistics import within_error
 from .sweep import Sweep, layer_cost
@@ -53,6 +57,8 @@ def search(
     metric: str = "perplexity",
     one_shot: bool = False,
     seed: int = 0,
+    per: Savings | None = None,
+    until: Budget | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     memory_gib: float | None = None,
@@ -61,25 +67,33 @@ def search(
 
     stages: what to remove, one stage after the other. method: "fast" or "plain", the same plan. metric: "perplexity"
     or another of `METRICS`, the lowest goes; seed: of "random". one_shot: every candidate is ranked once, alone, in the
-    dense model, and never again. checkpoint: a file that holds the plan so far after every step; a search that was
-    killed goes on from it. progress: a bar on stderr. memory_gib: what "fast" may hold beside the model and a layer at
-    work, by default a part of what is free (`search_memory.py`).
+    dense model, and never again. per: what each component saves; the lowest rise of the mean calibration loss for each
+    unit of it goes (`savings.standing`), and what saves nothing stays. until: a budget that ends the search when it is
+    reached, before the stages are done. checkpoint: a file that holds the plan so far after every step; a search that
+    was killed goes on from it. progress: a bar on stderr. memory_gib: what "fast" may hold beside the model and a layer
+    at work, by default a part of what is free (`search_memory.py`).
 
     Each removal's score is that of a full pass; see `Plan` for what it is. Ties go to the lowest index in depth order.
     Under torchrun (`distributed.py`) every rank has to call this, and gets the same plan.
-    Raises PlanError for stages that ask for more than there is, and for a checkpoint of another search.
+    Raises PlanError for stages that ask for more than there is, a budget that they do not reach, `per` with another
+    metric than perplexity, and a checkpoint of another search.
     """
     stages = [stages] if isinstance(stages, Stage) else list(stages)
     for name, value, known in (("method", method, METHODS), ("metric", metric, METRICS)):
         if value not in known:
             raise PlanError(f"search {name} {value!r} is unknown: expected one of {', '.join(known)}")
+    if per is not None and metric != "perplexity":
+        raise PlanError(f"search metric {metric!r} cannot be weighed against {per.unit}: expected perplexity")
     check_stages(model, stages)
     memory_gib = default_gib(model.device) if memory_gib is None else memory_gib
-    settings = _Settings(stages, method, metric, one_shot, seed, memory_gib, progress)
+    settings = _Settings(stages, method, metric, one_shot, seed, memory_gib, progress, per, until)
     with evaluating(model):
         run = _Search(model, calibration, settings, Path(checkpoint) if checkpoint is not None else None)
         while (stage := run.open_stage()) is not None:
             run.advance(stage)
+    if until is not None and not until.reached(run.plan.gone):
+        left = f"{until.savings.share(run.plan.gone):.1%} of the {until.savings.unit}"
+        raise PlanError(f"budget {until.text!r} is not reached, {len(run.plan)} removals save {left}: allow more steps")
     return run.plan
 
 
@@ -94,13 +108,25 @@ class _Settings:
     seed: int
     memory_gib: float
     progress: bool
+    per: Savings | None
+    until: Budget | None
+
+    @property
+    def savings(self) -> list[Savings]:
+        """All that is counted."""
+        counted = {savings.unit: savings for savings in (self.per, self.until and self.until.savings) if savings}
+        return list(counted.values())
 
     def provenance(self) -> dict[str, Any]:
         """What a plan keeps of them, and the counts that a search begins with."""
         found: dict[str, Any] = {"metric": self.metric, "one_shot": self.one_shot, "seed": self.seed}
         if self.metric in MEASURES:
-            counts = ("layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
+            counts = ("passes", "layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
             found |= {"method": self.method, "memory_gib": round(self.memory_gib, 3), **dict.fromkeys(counts, 0)}
+        rules = {"per": self.per, "until": self.until}
+        found |= {name: rule.model_dump() for name, rule in rules.items() if rule is not None}
+        if self.savings:
+            found["saved"] = {savings.unit: [] for savings in self.savings}
         return found | {"ranks": ranks(), "ties_within_error": []}
 
 
@@ -124,6 +150,8 @@ class _Search:
 
     def open_stage(self) -> int | None:
         """The number of the stage that still has removals to make; None when the plan is whole."""
+        if self.settings.until is not None and self.settings.until.reached(self.plan.gone):
+            return None
         done = len(self.plan)
         for number, stage in enumerate(self.settings.stages):
             if done < stage.steps:
@@ -135,21 +163,25 @@ class _Search:
         """Make one removal and store the plan."""
         gone = self.plan.gone
         base = [] if self.settings.one_shot else gone
-        left = candidates(self.model, self.settings.stages[number], gone)
+        left = worth_removing(self.settings.per, gone, candidates(self.model, self.settings.stages[number], gone))
         values = self._once(left) if self.settings.one_shot else self._values(base, left)
         chosen, score = self._choice(base, left, values)
         best = left[chosen]
         self.plan.removals.append(
             Removal(
                 component=best.component,
-                kept=best.kept if best.component.kind == "mlp_channels" else None,
+                kept=best.kept or None,
                 stage=number,
                 score=score,
                 parameters=parameters_removed(self.model, with_candidate(gone, best))
                 - parameters_removed(self.model, gone),
             )
         )
-        rivals = [str(left[place]) for place in within_error(values, chosen)]
+        for savings in self.settings.savings:
+            so_far = (self.plan.first(n).gone for n in range(1, len(self.plan) + 1))
+            self.plan.provenance["saved"][savings.unit] = [savings.of(cuts) for cuts in so_far]
+        as_good = [left[place] for place in within_error(values, chosen)]
+        rivals = [str(rival) for rival in saving_no_less(self.settings.per, gone, best, as_good)]
         if rivals:
             entry = {"removal": len(self.plan), "chosen": str(best), "number": len(rivals), "rivals": rivals}
             self.plan.provenance["ties_within_error"].append(entry)
@@ -168,6 +200,7 @@ class _Search:
             with removed(self.model, gone):
                 return RANKINGS[self.settings.metric](self.model, self.calibration, left, self.settings.seed)
         without = [with_candidate(gone, candidate) for candidate in left]
+        self._count("passes", len(without))
         self._count("layer_runs_plain", sum(map(self._pass_cost, without)))
         if self.settings.method == "fast":
             return self._swept(gone, left)
@@ -194,15 +227,30 @@ class _Search:
         scores = values.mean(dim=1).tolist() if self.measure is None else [self.measure.score(own) for own in values]
         places = list(range(len(left)))
         if self.measure is not None and self.settings.method == "fast":
-            limit = self.measure.tied(min(scores), self.tolerance)
-            places = [place for place in places if scores[place] <= limit]
+            worst, least = (
+                [
+                    self._rank(gone, cut, self.measure.tied(score, error))
+                    for cut, score in zip(left, scores, strict=True)
+                ]
+                for error in (self.tolerance / 2, -self.tolerance / 2)
+            )
+            places = [place for place in places if least[place] <= min(worst)]
             self._count("ties", len(places) - 1)
             for place in places:
                 scores[place] = self.measure.score(self._full_pass(with_candidate(gone, left[place])))
-        best = min(places, key=scores.__getitem__)
+        best = min(places, key=lambda place: self._rank(gone, left[place], scores[place]))
         if self.measure is not None and not self.settings.one_shot:
             self.sweep.forget(left[best])
         return best, scores[best]
+
+    def _rank(self, gone: list[Cut], candidate: Cut, score: float) -> tuple[float, ...]:
+        """Where a candidate of this score stands: the lowest goes."""
+        if self.settings.per is None:
+            return (score,)
+        before = self.plan.dense_score if self.settings.one_shot else self.plan.scores[-1]
+        assert before is not None
+        rise = math.log(score) - math.log(before) if math.isfinite(score) else math.inf
+        return (*standing(rise, self.settings.per.further(gone, candidate)), score)
 
     def _full_pass(self, gone: Sequence[Cut]) -> Tensor:
         assert self.measure is not None
@@ -233,32 +281,10 @@ class _Search:
         )
         path = self.checkpoint
         found = None if path is None else on_first(lambda: Plan.load(path) if path.exists() else None)
-        return plan if path is None or found is None else _resumed(found, plan, path)
+        return plan if path is None or found is None else resumed(found, plan, path)
 
     def _save(self) -> None:
         """Store the plan; no rank goes on before it is stored."""
         path = self.checkpoint
         if path is not None:
             on_first(lambda: self.plan.save(path))
-
-
-def _resumed(found: Plan, wanted: Plan, path: Path) -> Plan:
-    """The plan of a checkpoint, if it belongs to this search."""
-    theirs, ours = _identifying(found), _identifying(wanted)
-    for name in dict.fromkeys([*ours, *theirs]):
-        there, here = theirs.get(name, "not there"), ours.get(name, "not there")
-        if there != here:
-            raise PlanError(
-                f"checkpoint {path} is of another search: {name} is {there}, expected {here}; delete or move it"
-            )
-    return found
-
-
-def _identifying(plan: Plan) -> dict[str, Any]:
-    """By name, the settings that a search must share with its checkpoint: "calibration seed", "stage 1 steps", ..."""
-    metric = {name: plan.provenance[name] for name in ("metric", "one_shot", "seed") if name in plan.provenance}
-    stages = [stage.model_dump() for stage in plan.stages]
-    parts: dict[str, dict[str, Any]] = {"model": plan.model, "calibration": plan.calibration}
-    parts |= {f"stage {number}": stage for number, stage in enumerate(stages, start=1)}
-    named = {f"{part} {name}": value for part, settings in parts.items() for name, value in settings.items()}
-    return metric | {"stages": len(stages)} | named

@@ -1,7 +1,8 @@
-"""Statistics: paired comparison of candidates, and correlation of orders.
+"""Statistics: paired comparison of candidates and of evaluations, and correlation of orders.
 
 Two candidates of a step are measured on the same sequences, so their difference is paired: its standard error is that
-of the mean of the sequences' differences, which is much less than the error of either.
+of the mean of the sequences' differences, which is much less than the error of either. Likewise two models that answer
+the same items of a task.
 
 C candidates, S sequences.
 """
@@ -46,6 +47,37 @@ def within_error(values: Tensor, chosen: int) -> list[int]:
     if values.shape[1] < 2:
         return []
     return [place for place, own in enumerate(values) if place != chosen and paired(own, values[chosen]).within_error]
+
+
+def packed(hits: Sequence[float]) -> str:
+    """Which items of a task were answered rightly, 1 or 0 each, as text: their number, and bits in hexadecimal.
+
+    >>> packed([1, 0, 0, 0, 1, 1])
+    '6:8c'
+    """
+    return f"{len(hits)}:{np.packbits(np.asarray(hits, dtype=bool)).tobytes().hex()}"
+
+
+def unpacked(text: str) -> NDArray[Any]:
+    """(n,) float64, 1 or 0 for each item: what `packed` was given."""
+    n, _, digits = text.partition(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[: int(n)].astype(float)
+
+
+def paired_error(weights: Sequence[float], answers: Sequence[str]) -> float | None:
+    """The standard error of a weighted sum of accuracies that were measured on the same items; None if on others.
+
+    answers: for each accuracy what `packed` gives, or for a mean of several tasks all of theirs, with spaces between.
+    """
+    tasks = list(zip(*(text.split() for text in answers), strict=False))
+    variances = []
+    for of_task in tasks:
+        values = [unpacked(text) for text in of_task]
+        if len({len(own) for own in values}) > 1 or len(values[0]) < 2:
+            return None
+        combined = sum(weight * own for weight, own in zip(weights, values, strict=True))
+        variances.append(np.var(combined, ddof=1) / len(values[0]))
+    return math.sqrt(sum(variances)) / len(tasks)
 
 
 def correlations(orders: Mapping[str, Sequence[str]]) -> pd.DataFrame:

@@ -26,28 +26,32 @@ from .files import in_project
 from .importance import perplexity
 from .inventory import describe, ratio
 from .loading import fingerprint, load_model
-from .plan import Plan, Stage
+from .plan import Plan
 from .pocket.tasks import TASKS, tasks_fingerprint
 from .pocket.tokenizer import load_tokenizer
-from .profiles import Profile, Study
+from .prefix import taken_over
+from .profiles import DENSE, INVENTORY, SPEED, Profile, Strategy, Study
 from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
 from .removal import components, removed
 from .schedule import report_progress
 from .search import search
 from .surgery import extract
+from .weighing_study import search_options
 
-DENSE, INVENTORY, SEARCH, SPEED = "dense", "inventory", "search", "speed"
+SEARCH = "search"
 
 
 class Workbench:
     """One model of a profile with its data, and where its records go.
 
-    profile: a name or a path; model: a name in it; output: the folder of the records, from the project's root;
-    force: compute again what
-    is recorded. Raises ProfileError for a model that the profile does not have.
+    profile: a name, a path, or one that is read already; model: a name in it; output: the folder of the records, from
+    the project's root; force: compute again what is recorded. Raises ProfileError for a model that the profile does
+    not have.
     """
 
-    def __init__(self, profile: str | Path, model: str, output: str | Path = "runs", *, force: bool = False) -> None:
+    def __init__(
+        self, profile: str | Path | Profile, model: str, output: str | Path = "runs", *, force: bool = False
+    ) -> None:
         self.profile = profiles.load(profile)
         if model not in self.profile.models:
             raise ProfileError(
@@ -84,6 +88,13 @@ class Workbench:
     def calibration(self) -> Calibration:
         """The calibration data of the profile."""
         return calibrate(tokenizer=self.tokenizer, **self.profile.calibration_of(self.name).model_dump())
+
+    def calibration_in(self, study: str) -> Calibration:
+        """The calibration data of a study's search."""
+        wanted = self.profile.calibration_in(study, self.name)
+        if wanted == self.profile.calibration_of(self.name):
+            return self.calibration
+        return calibrate(tokenizer=self.tokenizer, **wanted.model_dump())
 
     @cached_property
     def prose(self) -> Calibration:
@@ -167,14 +178,14 @@ def pruning(bench: Workbench, study: str) -> dict[int, Record]:
     removals; the dense model's is the one at 0. Raises ProfileError for a study that the profile does not have.
     """
     removal_order(bench, study)
-    return {n: pruned_scores(bench, study, n) for n in bench.profile.studies[study].rows[bench.name]}
+    return {n: pruned_scores(bench, study, n) for n in _study(bench.profile, study).rows[bench.name]}
 
 
-def _study(profile: Profile, name: str) -> Study:
-    if name not in profile.studies:
-        known = ", ".join(profile.studies)
+def _study(profile: Profile, name: str) -> Study | Strategy:
+    if name not in profile.searches:
+        known = ", ".join(profile.searches)
         raise ProfileError(f"profile {profile.name}: no study {name!r}, expected one of {known}")
-    return profile.studies[name]
+    return profile.searches[name]
 
 
 def speed(bench: Workbench, table: int | str) -> Record:
@@ -201,12 +212,12 @@ def speed(bench: Workbench, table: int | str) -> Record:
             models, prompt_tokens=settings.prompt_tokens, new_tokens=about.new_tokens, batches=settings.batches
         )
         work = {name: costs(model, settings.prompt_tokens) for name, model in models.items()}
-        return Outcome(metrics=_speeds(timings, work) | _sizes(models))
+        return Outcome(metrics=speeds(timings, work) | _sizes(models))
 
     return bench.record(SPEED, f"table_{table}", spec, {}, [], compute)
 
 
-def _speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
+def speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
     """All that a benchmark measured, and the ideal from what each model costs."""
     found: dict[str, float] = {}
     dense = work[timings.reference]
@@ -236,25 +247,33 @@ def _sizes(models: dict[str, PreTrainedModel]) -> dict[str, Metric]:
 
 
 def removal_order(bench: Workbench, study: str) -> Plan:
-    """The plan of a study's search, with the calibration perplexity after each removal (figure 4)."""
+    """The plan of a study's search, with the calibration perplexity after each removal (figure 4).
+
+    Its first removals are taken over from another recorded search where that begins alike (`prefix.py`).
+    """
     settings = _study(bench.profile, study)
     if bench.name not in settings.rows:
         raise ProfileError(f"study {study} is not about {bench.name}: expected one of {', '.join(settings.rows)}")
+    options = search_options(bench, study)
     spec = {
         "stages": [stage.model_dump(mode="json", exclude_none=True) for stage in settings.stages],
-        "calibration": bench.profile.calibration_of(bench.name).model_dump(),
+        "calibration": bench.profile.calibration_in(study, bench.name).model_dump(),
+        **{name: value.model_dump() if name == "per" else value for name, value in options.items()},
     }
-    data = {"calibration": _facts(bench.calibration)}
+    calibration = bench.calibration_in(study)
+    data = {"calibration": facts(calibration)}
 
     def compute(request: Request) -> Outcome:
         checkpoint = (
             bench.output / bench.profile.name / study / bench.name / f"search-{request.inputs_fingerprint()[:12]}.part"
         )
+        stages = settings.plan_stages
         if bench.force:
             checkpoint.unlink(missing_ok=True)
-        stages = [Stage(**stage.model_dump(exclude_none=True)) for stage in settings.stages]
+        elif not checkpoint.exists() and (begun := taken_over(request, stages, bench.output)) is not None:
+            begun.save(checkpoint)
         plan = search(
-            bench.model, bench.calibration, stages, checkpoint=checkpoint, memory_gib=bench.profile.search_gib
+            bench.model, calibration, stages, checkpoint=checkpoint, memory_gib=bench.profile.search_gib, **options
         )
         checkpoint.unlink()
         return Outcome(metrics={}, plan=plan.model_dump(mode="json"))
@@ -283,7 +302,7 @@ def evaluation_inputs(bench: Workbench) -> tuple[dict[str, Any], dict[str, DataF
     settings = bench.profile.evaluation
     pocket = tuple(task for task in settings.task_names if task in TASKS)
     data = {
-        "prose": _facts(bench.prose),
+        "prose": facts(bench.prose),
         "tasks": DataFacts(name=", ".join(settings.task_names), fingerprint=tasks_fingerprint(pocket)),
     }
     return {"tasks": settings.task_names, "limit": settings.limit, "prose": settings.prose.model_dump()}, data
@@ -294,11 +313,12 @@ def scores_of(bench: Workbench, model: PreTrainedModel) -> dict[str, Metric]:
     settings = bench.profile.evaluation
     scores = evaluate(model, bench.tokenizer, settings.task_names, limit=settings.limit, batch_size=settings.batch_size)
     metrics = {
-        f"{task}/{metric}": Metric(value=score.value, stderr=score.stderr, n=score.n)
+        f"{task}/{metric}": Metric(value=score.value, stderr=score.stderr, n=score.n, items=score.items)
         for (task, metric), score in scores.items()
     }
     return {**metrics, "prose/perplexity": Metric(value=perplexity(model, bench.prose), n=bench.prose.sequences)}
 
 
-def _facts(data: Calibration) -> DataFacts:
+def facts(data: Calibration) -> DataFacts:
+    """What a record keeps of text."""
     return DataFacts(name=data.source["name"], fingerprint=data.fingerprint)

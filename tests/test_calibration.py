@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from shedder_utils import Calibration, DataError, calibrate, public_texts
+from shedder_utils.pocket.prose import POCKET
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
 TEXTS = [f"Story {i}: Anna is in the garden and Ben is in the kitchen." for i in range(40)]
@@ -26,6 +29,29 @@ def test_samples_are_joined_tokenised_as_one_stream_and_cut() -> None:
     assert torch.cat(calibration.batches).flatten().tolist() == ids[: 16 * whole]
     assert [len(batch) for batch in calibration.batches[:-1]] == [3] * (len(calibration.batches) - 1)
     assert (calibration.sequences, calibration.tokens) == (whole, 16 * whole)
+
+
+def with_a_beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, but that it begins a text with <|endoftext|>, as those of Zamba2 and Hymba do with their own."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    backend.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin[0], eos_token=begin[0])
+
+
+def test_the_stream_begins_as_the_tokenizer_begins_a_text() -> None:
+    settings = {"samples": 10, "sequence_length": 16, "seed": 7}
+    without = calibrate(TEXTS, load_tokenizer(), **settings)
+    begun = calibrate(TEXTS, with_a_beginning(load_tokenizer()), **settings)
+    first, second = (torch.cat(one.batches).flatten().tolist() for one in (without, begun))
+    assert second == [load_tokenizer().bos_token_id, *first][: len(second)]
+    assert begun.fingerprint != without.fingerprint
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted((POCKET / "models").iterdir())])
+def test_no_pocket_tokenizer_adds_tokens(name: str) -> None:
+    tokenizer = load_tokenizer(POCKET / "models" / name)
+    assert tokenizer(TEXTS[0]).input_ids == tokenizer(TEXTS[0], add_special_tokens=False).input_ids
 
 
 def test_the_fingerprint_is_that_of_the_ids() -> None:

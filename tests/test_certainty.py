@@ -10,8 +10,8 @@ import torch
 from conftest import random_model
 from scipy import stats
 
-from shedder_utils import Calibration, DataError, Stage, perplexity, removed, search
-from shedder_utils.certainty import order_certainty
+from shedder_utils import Calibration, Component, DataError, Stage, perplexity, removed, search
+from shedder_utils.certainty import beginning, losses_alone, order_certainty
 from shedder_utils.statistics import correlations, kendall, paired, spearman, within_error
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -79,7 +79,8 @@ def test_a_study_compares_orders_and_what_they_leave(tmp_path: Path) -> None:
     found = order_certainty(model, DRAWS, stage, measurements={"size": lambda m: m.num_parameters()}, **settings)
     assert list(found.plans) == ["a", "b", "c"]
     assert all(len(plan) == 3 for plan in found.plans.values())
-    assert list(found.correlation.index) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert list(found.correlation.index) == list(found.ranking.index) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert set(found.ranking["shared"]) == {1}  # all components are ranked by each
     assert found.spread.loc[0, ("perplexity", "std")] == 0
     left = []
     for plan in found.plans.values():
@@ -91,3 +92,21 @@ def test_a_study_compares_orders_and_what_they_leave(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
     with pytest.raises(DataError, match="expected two or more"):
         order_certainty(model, {"a": DRAWS["a"]}, stage, **settings)
+
+
+def test_the_first_step_ranks_components_as_full_passes_do() -> None:
+    model = random_model("mamba2")
+    found = losses_alone(model, DRAWS["a"], Stage(("mamba_block", "ssm"), 1))
+    assert len(found) == 12
+    for component in map(Component.parse, ("mamba_block:0", "ssm:3", "mamba_block:5")):
+        with removed(model, [component]):
+            assert found[str(component)] == pytest.approx(math.log(perplexity(model, DRAWS["a"])), rel=1e-5)
+
+
+def test_a_draw_is_the_beginning_of_its_text() -> None:
+    whole = DRAWS["a"]
+    part = beginning(whole, 4)
+    assert torch.equal(torch.cat(part.batches), torch.cat(whole.batches)[:4])
+    assert [len(batch) for batch in part.batches] == [3, 1]
+    with pytest.raises(DataError, match="has 6 sequences, 7 were asked for"):
+        beginning(whole, 7)

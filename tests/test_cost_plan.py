@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from shedder_utils import Calibration, ProfileError, Stage, cost_plan, paper, profiles, search, shapes
+from shedder_utils import Calibration, ProfileError, Stage, cost_plan, paper, profiles, search, shapes, studies
 from shedder_utils.cost_plan import CostPlan, candidates_by_step
 from shedder_utils.costs import costs
 from shedder_utils.families import random_model
@@ -43,7 +46,32 @@ def test_passes_are_those_that_the_paper_needs(of_paper: CostPlan) -> None:
     assert passes["block_pruning", "mamba-2.8b"] == 805
     assert passes["ssm_pruning", "mamba2-2.7b"] == 1260
     assert passes["hymba_pruning", "hymba-1.5b"] == sum(17 - step for step in range(8))
-    assert passes["zamba2_channels_10", "zamba2-2.7b"] == 72 + 71 + 70 + 20 * 9 + sum(54 - step for step in range(18))
+    assert passes["zamba2_parts", "zamba2-2.7b"] == sum(72 - step for step in range(12))
+    later = 20 * 9 + sum(54 - step for step in range(18))  # what goes before is taken over from zamba2_parts
+    assert passes["zamba2_channels_10", "zamba2-2.7b"] == passes["zamba2_channels_15", "zamba2-2.7b"] == later
+
+
+def test_what_no_search_before_has_found_is_searched(tmp_path: Path) -> None:
+    profile = profiles.load("paper")
+    wanted = {"models": ["zamba2-2.7b"], "studies": ["recovery"]}
+    (first, second) = (job for job in CostPlan(profile, Schedule(profile, tmp_path, **wanted)).jobs if job.passes)
+    later = 20 * 9 + sum(54 - step for step in range(18))
+    assert (first.study, first.passes) == ("zamba2_channels_10", 72 + 71 + 70 + later)
+    more = sum(72 - step for step in range(3, 8))
+    assert (second.study, second.passes) == ("zamba2_channels_15", more + later)
+
+
+def test_passes_of_strategies_are_what_each_measures(of_paper: CostPlan) -> None:
+    jobs = {job.study: job for job in of_paper.jobs if job.what not in ("evaluation", "2 evaluations")}
+    assert jobs["by_kl"].passes == sum(64 - step for step in range(14))
+    assert jobs["by_one_shot"].passes == 64
+    assert jobs["by_taylor"].passes == jobs["by_random"].passes == 0
+    assert jobs["by_random"].flops == 0 < jobs["by_taylor"].flops < jobs["by_kl"].flops
+    assert jobs["joint_decode"].passes == sum(128 - step for step in range(20))
+    draws = profiles.load("paper").certainty.draws
+    assert jobs["certainty"].passes == len(draws) * (64 + 64 + 63 + 62)
+    evaluated = {job.study: job.what for job in of_paper.jobs if "evaluation" in job.what}
+    assert (evaluated["joint_decode"], evaluated["by_kl"]) == ("2 evaluations", "evaluation")
 
 
 def test_passes_are_those_of_the_plain_search() -> None:
@@ -53,7 +81,54 @@ def test_passes_are_those_of_the_plain_search() -> None:
     settings = tuple(profiles.StageSettings(kinds=stage.kinds, steps=stage.steps) for stage in stages)
     counts = candidates_by_step(model, profiles.Study(table=1, stages=settings, rows={}))
     assert counts == [4, 3]
+    assert found.provenance["passes"] == sum(counts)
     assert found.provenance["layer_runs_plain"] == sum(counts) * 4 * calibration.sequences
+
+
+def test_passes_and_prefixes_are_those_that_the_studies_make(tmp_path: Path) -> None:
+    content = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
+    wanted, model = ("zamba2_blocks", "zamba2_parts", "zamba2_channels_10"), "smoke-zamba2"
+    content["calibration"] |= {"samples": 1, "sequence_length": 16}
+    file = tmp_path / "smoke.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    profile = profiles.load(file)
+    plan = CostPlan(profile, Schedule(profile, tmp_path, models=[model], studies=wanted))
+    planned = {job.study: job.passes for job in plan.jobs if job.what == "search"}
+    bench = studies.Workbench(file, model, tmp_path / "runs")
+    made = {study: studies.removal_order(bench, study).provenance for study in wanted}
+    assert made["zamba2_blocks"]["passes"] == planned["zamba2_blocks"]
+    assert made["zamba2_parts"]["passes"] == planned["zamba2_parts"]
+    assert 0 < made["zamba2_channels_10"]["passes"] <= planned["zamba2_channels_10"]
+    assert made["zamba2_channels_10"]["taken_over"]["removals"] == 1
+
+
+PEAK = """
+import torch
+from shedder_utils import Calibration, Stage, kernels, search
+from shedder_utils.families import random_model
+from shedder_utils.provenance import _status_mib, peak_mib, reset_peak
+from shedder_utils.search_memory import search_memory
+
+kernels.install()
+model = random_model(family="mamba", layers=8, hidden_size=32, seed=0, vocab_size=97)
+ids = torch.randint(0, 97, (48, 1024), generator=torch.Generator().manual_seed(1))
+search(model, Calibration([ids[:2, :32]]), Stage("ssm", 1), progress=False)
+reset_peak()
+before = _status_mib("VmRSS")
+search(model, Calibration(list(ids.split(4))), Stage("ssm", 1), progress=False, memory_gib=1.0)
+settings = {"sequences": 48, "sequence_length": 1024, "batch_size": 4, "memory_gib": 1.0}
+planned = search_memory(model, [Stage("ssm", 1)], **settings)
+print(peak_mib() - before, (planned.total - planned.model) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a part of a process's life")
+def test_memory_is_what_a_process_takes() -> None:
+    ran = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    measured, planned = map(float, ran.stdout.split())
+    assert planned > 200
+    assert measured == pytest.approx(planned, rel=0.2)
 
 
 def test_work_is_what_a_pass_counts() -> None:

@@ -14,6 +14,7 @@ from shedder_utils.families import random_model
 from shedder_utils.pocket.items import requests
 from shedder_utils.pocket.tasks import load_rows, task_configs
 from shedder_utils.pocket.tokenizer import load_tokenizer
+from shedder_utils.statistics import packed
 
 LIMIT = 12
 
@@ -48,6 +49,7 @@ def test_choices_are_scored_as_by_hand(pocket_like: PreTrainedModel, task: str) 
     assert scores[task, "acc"].value == pytest.approx(accuracy)
     assert scores[task, "acc"].n == LIMIT
     assert scores[task, "acc"].stderr == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (LIMIT - 1)))
+    assert scores[task, "acc"].items == packed(hits)
     if (task, "acc_norm") in scores:
         assert scores[task, "acc_norm"].value == pytest.approx(sum(normed_hits) / LIMIT)
 
@@ -59,6 +61,7 @@ def test_perplexity_is_that_of_the_last_words(pocket_like: PreTrainedModel) -> N
     perplexity = scores["pocket_lambada", "perplexity"]
     assert perplexity.value == pytest.approx(math.exp(-sum(total for total, _ in found) / LIMIT), rel=1e-4)
     assert perplexity.stderr > 0
+    assert perplexity.items is None
     assert scores["pocket_lambada", "acc"].value == pytest.approx(sum(greedy for _, greedy in found) / LIMIT)
 
 

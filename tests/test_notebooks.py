@@ -13,8 +13,9 @@ import pytest
 from shedder_utils import ProfileError, notebooks, profiles
 
 FILES = sorted(notebooks.FOLDER.glob("*.ipynb"))
-POCKET = set(profiles.load("pocket").studies)
-RECORDED = [file for file in FILES if POCKET & set(nbformat.read(file, as_version=4).metadata["shedder"]["studies"])]
+POCKET = set(profiles.load("pocket").study_names)
+STUDIES = {file: set(nbformat.read(file, as_version=4).metadata["shedder"]["studies"]) for file in FILES}
+RECORDED = [file for file in FILES if not STUDIES[file] or STUDIES[file] & POCKET]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,8 +1,12 @@
 """What the project says about versions agrees everywhere, and the lock is complete."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,27 @@ def test_gpu_kernels_go_with_the_rest():
     assert "-r requirements/gpu.txt" in text
     assert "-r requirements/gpu.txt" in doctor.INSTALL_KERNELS
     assert all("MAMBA_KEEP_CUDA_BUILD=TRUE" in part for part in (text, (ROOT / "requirements" / "gpu.txt").read_text()))
+
+
+def test_gpu_kernels_resolve_with_what_is_here(tmp_path):
+    """pip finds all that they need, beside the versions of the lock and of no other; nothing is built or installed."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-build-isolation", "--retries", "0",
+               "--timeout", "30", "--report", str(report), "-r", str(ROOT / "requirements" / "gpu.txt"),
+               "-c", str(ROOT / "requirements" / "cpu.txt")]  # fmt: skip
+    without_cuda = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "CAUSAL_CONV1D_SKIP_CUDA_BUILD": "TRUE"}  # else nvcc is looked for
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | without_cuda)
+    if re.search(r"from versions: none|No module named pip", ran.stderr):
+        pytest.skip(f"no package index: {ran.stderr.strip().splitlines()[-1]}")
+    assert ran.returncode == 0, ran.stderr
+    wanted = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    versions = {canonicalize_name(item["name"]): item["version"] for item in wanted}
+    assert versions.items() >= {name: v for name, v in locked("gpu.txt") if name not in installed()}.items()
+    assert not versions.keys() & LOCK.keys() - {"ninja"}
+
+
+def installed() -> set[str]:
+    return {canonicalize_name(one.name) for one in distributions()}
 
 
 def test_python_versions_agree():

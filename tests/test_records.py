@@ -66,6 +66,15 @@ def test_record_reads_back_as_written(tmp_path, keep):
     assert {"schema", "checksum", "inputs"} <= json.loads(file.read_text()).keys()
 
 
+def test_answers_to_single_items_are_kept_where_there_are_any(tmp_path, keep):
+    keep(request_for(), lambda: Outcome(metrics={"acc": Metric(value=1, n=2, items="2:c0"), "ppl": Metric(value=3)}))
+    file = records.path(tmp_path, "smoke", "ssm_pruning", "toy", "removed_1")
+    assert records.read(file).metrics["acc"].items == "2:c0"
+    found = json.loads(file.read_text())
+    assert "items" not in found["metrics"]["ppl"]
+    assert records.checksum(records.read(file)) == found["checksum"]
+
+
 def test_same_inputs_are_computed_once(keep):
     run = Run()
     first, _ = keep(request_for(), run)

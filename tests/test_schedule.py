@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from world import World, small_profile
 
-from shedder_utils import freshness, notebooks, profiles, records
+from shedder_utils import freshness, notebooks, profiles, records, studies
 from shedder_utils.profiles import Profile
-from shedder_utils.schedule import Schedule, Step, report_progress, steps
+from shedder_utils.schedule import Schedule, Step, choosing, report_progress, steps
 
 
 @pytest.fixture
@@ -39,11 +39,48 @@ def test_every_run_is_a_step_once():
     assert ("recovery", "smoke-mamba2", "ssm_pruning_02_tuned") in places
 
 
-def test_models_and_studies_narrow_it(profile):
-    found = steps(profile, models=["pocket-mamba2"], studies=["ssm_pruning"])
-    assert {step.model for step in found} == {"pocket-mamba2"}
-    assert {step.study for step in found} == {"inventory", "dense", "ssm_pruning"}
-    assert {step.model for step in steps(profile, models=["pocket-mamba"])} == {"pocket-mamba"}
+def test_models_and_studies_narrow_it_to_what_they_take():
+    smoke = profiles.load("smoke")
+
+    def places(model: str, study: str) -> list[str]:
+        return ["/".join(step.place) for step in steps(smoke, [model], [study])]
+
+    assert places("smoke-mamba", "inventory") == ["inventory/smoke-mamba/components"]
+    assert places("smoke-mamba", "ssm_pruning") == [
+        "ssm_pruning/smoke-mamba/search", "dense/smoke-mamba/scores",
+        "ssm_pruning/smoke-mamba/01_removed", "ssm_pruning/smoke-mamba/02_removed",
+    ]  # fmt: skip
+    assert places("smoke-falcon", "falcon_ssms") == [
+        "falcon_ssms/smoke-falcon/search", "falcon_ssms/smoke-falcon/01_removed", "falcon_ssms/smoke-falcon/02_removed",
+    ]  # fmt: skip
+    assert places("smoke-hymba", "speed") == ["hymba_pruning/smoke-hymba/search", "speed/smoke-hymba/table_9"]
+    assert places("smoke-mamba2", "recovery") == [
+        "dense/smoke-mamba2/scores", "recovery/smoke-mamba2/dense_tuned", "ssm_pruning/smoke-mamba2/search",
+        "ssm_pruning/smoke-mamba2/02_removed", "recovery/smoke-mamba2/ssm_pruning_02_tuned",
+    ]  # fmt: skip
+    assert places("smoke-mamba", "hymba_pruning") == []
+    assert {step.model for step in steps(smoke, models=["smoke-mamba"])} == {"smoke-mamba"}
+
+
+def test_a_notebook_computes_all_that_it_names():
+    smoke = profiles.load("smoke")
+    assert notebooks.computed(smoke) == list(smoke.study_names)
+    assert notebooks.computed(smoke, studies=["ssm_pruning"]) == ["ssm_pruning"]
+    assert notebooks.computed(smoke, studies=["falcon_ssms"]) == ["falcon_blocks", "falcon_ssms"]
+    assert notebooks.computed(smoke, ["smoke-hymba"]) == ["inventory", "dense", "hymba_pruning", "speed", "recovery"]
+
+
+@pytest.mark.parametrize(("study", "called"), [
+    ("inventory", ["inventory("]), ("dense", ["dense(", "without_ssms("]), ("ssm_pruning", ["pruning("]),
+    ("falcon_ssms", ["pruning("]), ("speed", ["speed("]), ("recovery", ["recovery_study.recovery("]),
+])  # fmt: skip
+def test_the_notebook_that_names_a_study_is_the_one_that_computes_it(study, called):
+    (code,) = (
+        file.read_text()
+        for file, said in notebooks._metadata().items()
+        if study in said["studies"] and not said.get("together")
+    )
+    assert all(call in code for call in called)
 
 
 def test_nothing_recorded_and_nothing_done(profile, tmp_path):
@@ -84,6 +121,10 @@ def test_progress_says_what_was_done_and_what_is_left(profile, world, tmp_path, 
         capsys.readouterr().err
         == f"dense, pocket-mamba, scores: 30 s, 800 MiB. Left: {n - 1} of {n} runs, time not known\n"
     )
+    with choosing(["pocket-mamba"], ["ssm_pruning"]):
+        report_progress(profile, tmp_path / "runs", record)
+    n = len(steps(profile, ["pocket-mamba"], ["ssm_pruning"]))
+    assert f"Left: {n - 1} of {n} runs" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -109,9 +150,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile) -> An
     monkeypatch.setattr(notebooks, "_kernel", nullcontext)
     monkeypatch.setattr(notebooks.report, "build", lambda *_: [])
 
-    def go() -> list[str]:
+    def go(**chosen: list[str]) -> list[str]:
         executed.clear()
-        notebooks.run(str(tmp_path / "small.yaml"), output=tmp_path / "results")
+        notebooks.run(str(tmp_path / "small.yaml"), output=tmp_path / "results", **chosen)
         return list(executed)
 
     return go
@@ -134,6 +175,39 @@ def test_what_changed_or_is_missing_runs_again(run, world, tmp_path):
     assert run() == ["01_blocks"]
     records.path(world.root, "small", "dense", "pocket-mamba", "scores").unlink()
     assert run() == ["01_blocks", "02_ssms"]
+
+
+def test_only_what_was_chosen_runs_and_counts(run, world, tmp_path, capsys):
+    for model in world.profile.models:
+        records.path(world.root, "small", "block_pruning", model, "03_removed").unlink()
+    assert run(studies=["ssm_pruning"]) == ["02_ssms"]
+    assert "To do: nothing, all 10 runs are recorded" in capsys.readouterr().err
+    assert run(studies=["ssm_pruning"], models=["pocket-mamba"]) == ["02_ssms"]  # shows other models
+    assert "all 5 runs" in capsys.readouterr().err
+    assert run() == ["01_blocks", "02_ssms"]
+
+
+def test_a_notebook_that_sets_studies_beside_each_other_needs_all_of_them(run, world, tmp_path):
+    file = tmp_path / "notebooks" / "02_ssms.ipynb"
+    content = json.loads(file.read_text())
+    content["metadata"]["shedder"] = {"studies": ["block_pruning", "ssm_pruning"], "together": True}
+    (tmp_path / "notebooks" / "08_both.ipynb").write_text(json.dumps(content))
+    content["metadata"]["shedder"] = {"studies": []}
+    (tmp_path / "notebooks" / "09_report.ipynb").write_text(json.dumps(content))
+    assert run(studies=["ssm_pruning"]) == ["02_ssms", "09_report"]
+    assert run(studies=["block_pruning"]) == ["01_blocks"]
+    assert run() == ["08_both"]
+
+
+def test_a_study_without_a_notebook_is_computed_all_the_same(run, world, tmp_path, monkeypatch):
+    (tmp_path / "notebooks" / "02_ssms.ipynb").unlink()
+    done: list[tuple[str, str]] = []
+    monkeypatch.setattr(studies, "pruning", lambda bench, study: done.append((study, bench.name)))
+    assert run() == ["01_blocks"]
+    assert done == []
+    records.path(world.root, "small", "ssm_pruning", "pocket-mamba2", "search").unlink()
+    assert run(studies=["ssm_pruning"]) == []
+    assert done == [("ssm_pruning", "pocket-mamba2")]
 
 
 def test_a_notebook_is_fresh_only_for_the_same_profile_and_parameters(run, world, profile, tmp_path):

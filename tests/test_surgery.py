@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
 from transformers.cache_utils import Cache
 
 from shedder_utils import ModelError, Plan, PlanError, Removal, extract, kernels, load_model, removed, save_pruned
-from shedder_utils.components import Cut
+from shedder_utils.components import PARTS, Cut
 from shedder_utils.evaluation import Score
 from shedder_utils.families import family_of
 from shedder_utils.families.untying import untie
@@ -187,7 +187,7 @@ def test_what_is_left_is_what_a_gradient_reaches(family: str, gone: str) -> None
 def test_one_component_takes_what_is_dead_without_it(family: str) -> None:
     model = build(family)
     for component in family_of(model).components(model):
-        removable = component.kind != "mlp_channels" and not family_of(model).conflict(model, [component])
+        removable = component.kind not in PARTS and not family_of(model).conflict(model, [component])
         if component.index in (1, 3) and removable:
             pruned = extract(model, plan_of(model, str(component)))
             dead = family_of(model).dead_parameters(model, component)

@@ -28,7 +28,11 @@ def two_models() -> Profile:
         if set(study.rows) & set(TWO)
     }
     models = {name: model for name, model in settings.models.items() if name in TWO}
-    return settings.model_copy(update={"models": models, "studies": studies})
+    others: dict[str, object] = {"beyond": {}, "certainty": None, "pareto": None}
+    for what in ("speed", "recovery"):
+        tables = {name: table for name, table in getattr(settings, what).tables.items() if table.model in TWO}
+        others[what] = getattr(settings, what).model_copy(update={"tables": tables})
+    return settings.model_copy(update={"models": models, "studies": studies, **others})
 
 
 POCKET = two_models()
@@ -79,7 +83,7 @@ class World:
         return [name for name, study in self.profile.studies.items() if model in study.rows]
 
     def plan(self, study: str, model: str) -> Plan:
-        settings = self.profile.studies[study]
+        settings = self.profile.searches[study]
         kind, steps = settings.kinds[0], settings.steps
         scores = [math.exp(1 + self.rise.get((study, model), 0.05) * n) for n in range(steps + 1)]
         removals = [
@@ -145,7 +149,7 @@ OTHER_WAY_ROUND = {BLOCKS_1: 0.06, BLOCKS_2: 0.01, SSMS_1: 0.002, SSMS_2: 0.05}
 def small_profile(folder: Path) -> Path:
     """A profile with two models, tables 1 and 2, and nothing that takes time to draw; returns its file."""
     content = yaml.safe_load((profiles.FOLDER / "pocket.yaml").read_text())
-    content |= {"name": "small", "speed": None, "recovery": None}
+    content |= {"name": "small", "speed": None, "recovery": None, "beyond": {}, "certainty": None, "pareto": None}
     content["models"] = {name: content["models"][name] for name in TWO}
     content["studies"] = {name: content["studies"][name] for name in ("block_pruning", "ssm_pruning")}
     for study in content["studies"].values():

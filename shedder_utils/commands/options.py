@@ -62,7 +62,8 @@ def _load(ref: str, device: str, dtype: str, tokenizer: str | bool | None) -> An
 def stages_of(text: str) -> list[Stage]:
     """The stages of a search, as table 3 writes them: kinds that compete joined by "&", stages by "+".
 
-    MLP channels go in groups of 1024, or as many as stand after an "x". Raises PlanError for any other text.
+    MLP channels go in groups of 1024, or as many as stand after an "x", and so do inner channels, heads and states.
+    Raises PlanError for any other text.
 
     >>> [(stage.kinds, stage.steps) for stage in stages_of("mamba_block & mlp: 3 + ssm: 4")]
     [(('mamba_block', 'mlp'), 3), (('ssm',), 4)]

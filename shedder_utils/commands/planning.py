@@ -24,11 +24,12 @@ def plan_profile(
 ) -> None:
     """Say what a profile downloads, computes and holds in memory, and how long it takes, before any of it starts."""
     from ..cost_plan import CostPlan
+    from ..notebooks import computed
     from ..schedule import Schedule
 
     settings = profiles.load(profile)
     wanted = [[name.strip() for name in text.split(",") if name.strip()] for text in (models, studies)]
-    schedule = Schedule(settings, output, models=wanted[0], studies=wanted[1])
+    schedule = Schedule(settings, output, models=wanted[0], studies=computed(settings, *wanted))
     plan = CostPlan(settings, schedule, *wanted)
     for line in _lines(plan):
         say(line)
@@ -58,7 +59,7 @@ def _lines(plan: CostPlan) -> Iterator[str]:
         yield f"{job.study:20} {job.model:20} {job.what:16} {passes:>7} {job.flops / 1e15:9.3g} {job.gib:6.1f}{hours}"
     total = "".join(f"{sum(map(device.hours, plan.jobs)):12.2f} h" for device in plan.devices)
     yield f"{'all':20} {'':20} {'':16} {'':7} {sum(job.flops for job in plan.jobs) / 1e15:9.3g} {'':6}{total}"
-    yield "passes: of Algorithm 1, one for each candidate of each step, at most where kinds compete"
+    yield "passes: of Algorithm 1, one for each candidate of each step, at most where one kind takes from another"
     yield f"hours: at {EFFICIENCY:.0%} of a device's peak arithmetic, {BANDWIDTH:.0%} of its memory traffic"
     yield from _found(plan)
     yield f"to do: {plan.schedule.summary()}"

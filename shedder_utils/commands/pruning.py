@@ -11,8 +11,10 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..errors import PlanError
-from ..plan import Plan
+from ..plan import Plan, Stage
+from . import weighing
 from .options import Device, Dtype, Model, Tokenizer, finish, loaded, say, stages_of, weights
+from .weighing import Batches, NewTokens, Per, PromptTokens, Until
 
 
 def search_plan(
@@ -44,6 +46,11 @@ def search_plan(
             help="GiB the fast search may hold beside the model; else an eighth of what is free, half on GPUs."
         ),
     ] = None,
+    per: Per = "",
+    until: Until = "",
+    prompt_tokens: PromptTokens = 512,
+    new_tokens: NewTokens = 16,
+    batches: Batches = 10,
     tokenizer: Tokenizer = "",
     device: Device = "cpu",
     dtype: Dtype = "",
@@ -55,29 +62,41 @@ def search_plan(
 
     python -m shedder_utils search pocket-mamba2 --kinds ssm --steps 4 --calibration pocket-instructions --samples 32
     --output plan.json
+
+    Parts that differ in cost compete fairly with --per, and --until says how much is wanted in place of a number:
+
+    python -m shedder_utils search pocket-mamba2 --kinds mamba_block,ssm --per decode --until "decode 1.3x"
+    --calibration pocket-instructions --output plan.json
     """
     from .. import distributed
     from ..calibration import calibrate
+    from ..removal import components
     from ..search import search
 
     wanted = stages_of(_one_stage(stages, kinds, steps))
     device = distributed.start(device)
     try:
         dense, its_tokenizer = loaded(model, device, dtype, tokenizer)
+        if until and kinds and not steps:
+            wanted = [Stage(stage.kinds, len(components(dense, stage.kinds))) for stage in wanted]
         settings = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed}
         data = calibrate(calibration, its_tokenizer, **settings)
         part = output.with_name(f".{output.name}.part")
         first = distributed.rank() == 0
         if first:
             say(f"searching on {data.tokens} tokens" + (f", going on from {part}" if part.exists() else ""))
+        timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batches": batches}
+        pool = [kind for stage in wanted for kind in stage.kinds]
+        rules = weighing.rules(dense, pool, per, until, part, timing)
         plan = search(
             dense, data, wanted, method=method, metric=metric, one_shot=one_shot, memory_gib=memory_gib,
-            checkpoint=part, progress=first,
+            checkpoint=part, progress=first, **rules,
         )  # fmt: skip
         if first:
             plan.save(output)
             part.unlink()
-            finish({"plan": str(output), "removals": [str(c) for c in plan.components], "scores": plan.scores})
+            found = {"plan": str(output), "removals": [str(c) for c in plan.components], "scores": plan.scores}
+            finish(found | ({"saved": weighing.saved(dense, plan, rules, timing)} if rules else {}))
     finally:
         distributed.stop()
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..components import Component
+from ..components import PARTS, Component, Cut
 
 Stream = dict[str, Tensor]
 """What flows from layer to layer: tensors by name, each with the batch first. "hidden" is (B, L, D)."""
@@ -44,10 +44,12 @@ class ChannelWeights:
 
 
 class Family(ABC):
-    """One architecture. `models`: the transformers model types it covers; `kinds`: what is removable, in order."""
+    """One architecture. `models`: the transformers model types it covers; `kinds`: what is removable, in order;
+    `finer`: kinds finer than the paper's, which are removable too, where they are asked for."""
 
     models: tuple[str, ...]
     kinds: tuple[str, ...]
+    finer: tuple[str, ...] = ()
     projections: Mapping[str, tuple[str, ...]] = MappingProxyType({"input": ("in_proj",), "output": ("out_proj",)})
     """The names of a layer's linear modules by role, which every forward path calls as modules: LoRA's targets."""
 
@@ -56,7 +58,7 @@ class Family(ABC):
 
     @abstractmethod
     def components(self, model: PreTrainedModel) -> list[Component]:
-        """Everything removable, in depth order."""
+        """Everything removable, in depth order, of finer kinds too."""
 
     def conflict(self, model: PreTrainedModel, components: Iterable[Component]) -> str | None:
         """Why these components cannot go together, in one line; None if they can."""
@@ -70,8 +72,8 @@ class Family(ABC):
     def substitutions(self, model: PreTrainedModel, components: Mapping[Component, int]) -> list[Substitution]:
         """What to change so that the model computes without these components. Parameters are shared, not copied.
 
-        components: each with the channels that stay of it (`mlp_channels`; 0 for every other kind, which goes whole).
-        The model may already be without others, and `mlp_channels` without some of its channels.
+        components: each with what stays of it (channels, heads, ...; 0 for the kinds that go whole). The model may
+        already be without others, and a component of the kinds in `PARTS` without some of its parts.
         """
 
     @abstractmethod
@@ -93,12 +95,25 @@ class Family(ABC):
         """How many parameters the dense model has where a paper's ratio for the removal of these components counts."""
         return model.num_parameters()
 
-    def channels(self, model: PreTrainedModel) -> int:
-        """How many channels each MLP has before any goes."""
+    def parameters_removed(self, model: PreTrainedModel, gone: Iterable[Cut]) -> int:
+        """How many parameters several removals take from the model, as the paper's ratios count them."""
+        return sum(
+            (self.channels(model, cut.component.kind) - cut.kept) * self.channel_parameters(model, cut.component.kind)
+            if cut.component.kind in PARTS
+            else self.parameters(model, cut.component)
+            for cut in gone
+        )
+
+    def channels(self, model: PreTrainedModel, kind: str = "mlp_channels") -> int:
+        """How many parts a component of a kind in `PARTS` has before any goes: the channels of an MLP."""
         return model.config.intermediate_size
 
-    def channel_parameters(self, model: PreTrainedModel) -> int:
-        """How many parameters one MLP channel has: a row of gate, a row of up, a column of down."""
+    def together(self, model: PreTrainedModel, kind: str) -> int:
+        """How many parts of a component of a kind in `PARTS` can only go together."""
+        return 1
+
+    def channel_parameters(self, model: PreTrainedModel, kind: str = "mlp_channels") -> int:
+        """How many parameters one part has: of an MLP channel, a row of gate, a row of up, a column of down."""
         return 3 * model.config.hidden_size
 
     def channel_weights(self, model: PreTrainedModel) -> list[ChannelWeights]:

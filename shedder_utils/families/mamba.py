@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.mamba import modeling_mamba
 
+from .finer_kinds import Mamba1Shape
 from .mamba_like import MambaLike, MixerWithoutSSM
 
 
@@ -36,7 +37,14 @@ class Mamba(MambaLike):
     """Mamba-1 and Falcon-Mamba."""
 
     models = ("mamba", "falcon_mamba")
+    finer = ("inner_channels", "states")
     mixer_without_ssm = MambaMixerWithoutSSM
+
+    def shape(self, config: Any) -> Mamba1Shape:
+        return Mamba1Shape(
+            D=config.hidden_size, E=config.intermediate_size, N=config.state_size, R=int(config.time_step_rank),
+            K=config.conv_kernel, bias=config.use_bias, conv_bias=config.use_conv_bias,
+        )  # fmt: skip
 
     def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
         """The scan: for each element of the state (E, N), exp(dt A), dt B x, the update and its product with C."""

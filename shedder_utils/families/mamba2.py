@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2
 
+from .finer_kinds import Mamba2Shape
 from .mamba_like import MambaLike, MixerWithoutSSM
 
 
@@ -25,6 +26,7 @@ class Mamba2MixerWithoutSSM(MixerWithoutSSM):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__(mixer)
         self.norm = mixer.norm
+        self.num_heads, self.head_dim, self.n_groups = mixer.num_heads, mixer.head_dim, mixer.n_groups
 
     def forward(
         self, hidden_states: Tensor, cache_params: Cache | None = None, attention_mask: Tensor | None = None, **_: Any
@@ -40,7 +42,14 @@ class Mamba2(MambaLike):
     """Mamba-2."""
 
     models = ("mamba2",)
+    finer = ("heads", "states")
     mixer_without_ssm = Mamba2MixerWithoutSSM
+
+    def shape(self, config: Any) -> Mamba2Shape:
+        return Mamba2Shape(
+            D=config.hidden_size, H=config.num_heads, P=config.head_dim, N=config.state_size, G=config.n_groups,
+            K=config.conv_kernel, bias=config.use_bias, conv_bias=config.use_conv_bias,
+        )  # fmt: skip
 
     def flops_beside_weights(self, module: nn.Module, tokens: int) -> float:
         return scan_flops(module, tokens)

@@ -2,7 +2,8 @@
 
     h <- h + mixer(norm(h))
 
-Removing a Mamba block leaves h as it is. Removing the SSM leaves the mixer's convolution, gate and projections.
+Removing a Mamba block leaves h as it is. Removing the SSM leaves the mixer's convolution, gate and projections. Finer
+kinds leave a narrower mixer (`narrow_ssm.py`).
 
 B batch, L tokens, D model width, E inner width, V vocabulary.
 """
@@ -20,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..components import Component
-from .base import Family, Stream, Substitution
+from .base import Stream, Substitution
+from .finer_kinds import WIDTHS, FinerKinds
 
 
 class SkippedLayer(nn.Module):
@@ -76,7 +78,7 @@ class MixerWithoutSSM(nn.Module):
         return self.modeling.causal_conv1d_fn(x, weight, bias, activation=self.activation)[..., -length:]
 
 
-class MambaLike(Family):
+class MambaLike(FinerKinds):
     """The family's common part; a subclass names its mixer without SSM and what is dead in it."""
 
     kinds = ("mamba_block", "ssm")
@@ -87,25 +89,27 @@ class MambaLike(Family):
         """Parameters of a mixer that nothing reads when its SSM is gone."""
 
     def components(self, model: PreTrainedModel) -> list[Component]:
-        return [
-            Component(kind, index)
-            for index, layer in enumerate(self.layers(model))
-            for kind in self.kinds
-            if kind != "ssm" or not isinstance(getattr(layer, "mixer", None), MixerWithoutSSM)
-        ]
+        found = []
+        for index, layer in enumerate(self.layers(model)):
+            without_ssm = isinstance(getattr(layer, "mixer", None), MixerWithoutSSM)
+            found += [Component(kind, index) for kind in self.kinds if kind != "ssm" or not without_ssm]
+            found += self.finer_components(model, index)
+        return found
+
+    def mixer(self, model: PreTrainedModel, index: int) -> Any:
+        return self.layers(model)[index].mixer
 
     def layer_of(self, model: PreTrainedModel, component: Component) -> int:
         return component.index
 
     def substitutions(self, model: PreTrainedModel, components: Mapping[Component, int]) -> list[Substitution]:
         layers = self.layers(model)
-        return [self._substitution(layers, component) for component in components]
-
-    def _substitution(self, layers: nn.ModuleList, component: Component) -> Substitution:
-        layer = layers[component.index]
-        if component.kind == "mamba_block":
-            return Substitution(layers, str(component.index), SkippedLayer().train(layer.training))
-        return Substitution(layer, "mixer", self.mixer_without_ssm(layer.mixer))
+        mixers = self.pruned_mixers(model, components)
+        skipped = [component.index for component in components if component.kind == "mamba_block"]
+        return [
+            *(Substitution(layers, str(i), SkippedLayer().train(layers[i].training)) for i in skipped),
+            *(Substitution(layers[index], "mixer", mixer) for index, mixer in mixers.items()),
+        ]
 
     def compact(self, model: PreTrainedModel) -> None:
         layers: Any = self.layers(model)
@@ -120,9 +124,11 @@ class MambaLike(Family):
         return component.kind == "mamba_block"
 
     def parameters(self, model: PreTrainedModel, component: Component) -> int:
-        return self.dead_parameters(model, component) if component.kind == "mamba_block" else 0
+        return 0 if component.kind == "ssm" else self.dead_parameters(model, component)
 
     def dead_parameters(self, model: PreTrainedModel, component: Component) -> int:
+        if component.kind in WIDTHS:
+            return self.whole_parameters(model, component)
         layer = self.layers(model)[component.index]
         if component.kind == "ssm":
             return self.dead_in_mixer(layer.mixer)

@@ -4,11 +4,12 @@
     hybrid:  h <- h + mamba(norm(h + t)),  t = linear(T([h, e]))
 
 e is the token embedding. T is norm, attention, norm, MLP, with no residual of its own. A few Transformer blocks serve
-the hybrid layers in turn. `mamba_block` and `ssm` count layers; `mha`, `mlp`, `transformer_block` and `mlp_channels`
-count hybrid positions, as the authors' release does. What removal leaves:
+the hybrid layers in turn. `mamba_block`, `ssm`, `heads` and `states` count layers; `mha`, `mlp`, `transformer_block`
+and `mlp_channels` count hybrid positions, as the authors' release does. What removal leaves:
 
     mamba_block        h <- h, or h <- h + t in a hybrid layer
     ssm                the Mamba-2 mixer without its scan (mamba2.py)
+    heads, states      a narrower Mamba-2 mixer (narrow_ssm.py)
     mha, mlp           T without that branch and its norm; without both, t = linear(h)
     transformer_block  no t, and no `linear`
     mlp_channels       the first channels of the MLP at this position alone
@@ -30,7 +31,8 @@ from transformers import PreTrainedModel
 from transformers.models.zamba2 import modeling_zamba2
 
 from ..components import Component
-from .base import ChannelWeights, Family, Stream, Substitution
+from .base import ChannelWeights, Stream, Substitution
+from .finer_kinds import WIDTHS, FinerKinds, Mamba2Shape
 from .mamba2 import dead_without_ssm, scan_flops
 from .narrow_mlp import NarrowMLP, rows
 from .zamba2_pruned import (
@@ -46,12 +48,14 @@ from .zamba2_pruned import (
 IN_TRANSFORMER = ("mha", "mlp", "transformer_block", "mlp_channels")
 
 
-class Zamba2(Family):
+class Zamba2(FinerKinds):
     """Zamba2 with shared or untied Transformer blocks."""
 
     models = ("zamba2",)
     kinds = ("mamba_block", "ssm", *IN_TRANSFORMER)
-    projections = {**Family.projections, "mlp": ("gate_up_proj", "gate", "up", "down_proj", "down")}  # noqa: RUF012
+    finer = ("heads", "states")
+    mixer_without_ssm = Zamba2MixerWithoutSSM
+    projections = {**FinerKinds.projections, "mlp": ("gate_up_proj", "gate", "up", "down_proj", "down")}  # noqa: RUF012
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Take the floor off the step size, as in Zyphra's own code.
@@ -68,7 +72,7 @@ class Zamba2(Family):
             return []
         found, position = [], 0
         for index, layer_type in enumerate(model.config.layers_block_type):
-            found += [Component("mamba_block", index), Component("ssm", index)]
+            found += [Component("mamba_block", index), Component("ssm", index), *self.finer_components(model, index)]
             if layer_type == "hybrid":
                 found += [Component(kind, position) for kind in IN_TRANSFORMER]
                 position += 1
@@ -80,11 +84,22 @@ class Zamba2(Family):
         return component.index
 
     def substitutions(self, model: PreTrainedModel, components: Mapping[Component, int]) -> list[Substitution]:
-        return [
-            Substitution(parent, name, replacement.train(parent.training))
-            for component, kept in components.items()
-            for parent, name, replacement in self._changes(model, component, kept)
-        ]
+        layers = self.layers(model)
+        mixers = self.pruned_mixers(model, components)
+        changes = [(decoder_of(layers[index]), "mamba", mixer) for index, mixer in mixers.items()]
+        for component, kept in components.items():
+            if component.kind in ("mamba_block", *IN_TRANSFORMER):
+                changes += self._changes(model, component, kept)
+        return [Substitution(parent, name, change.train(parent.training)) for parent, name, change in changes]
+
+    def mixer(self, model: PreTrainedModel, index: int) -> Any:
+        return decoder_of(self.layers(model)[index]).mamba
+
+    def shape(self, config: Any) -> Mamba2Shape:
+        return Mamba2Shape(
+            D=config.hidden_size, H=config.n_mamba_heads, P=config.mamba_headdim, N=config.mamba_d_state,
+            G=config.mamba_ngroups, K=config.mamba_d_conv, bias=config.add_bias_linear, conv_bias=True,
+        )  # fmt: skip
 
     def _changes(self, model: PreTrainedModel, component: Component, kept: int) -> list[tuple[Any, str, nn.Module]]:
         """The children to replace: (parent, name, replacement)."""
@@ -93,8 +108,6 @@ class Zamba2(Family):
         if component.kind == "mamba_block":
             parent, name = (layers, str(index)) if decoder is layer else (layer, "mamba_decoder")
             return [(parent, name, SkippedMamba())]
-        if component.kind == "ssm":
-            return [(decoder, "mamba", Zamba2MixerWithoutSSM(decoder.mamba))]
         if component.kind == "transformer_block":
             return [(layer, "shared_transformer", SkippedTransformer()), (layer, "linear", nn.Identity())]
         block = layer.shared_transformer
@@ -122,6 +135,8 @@ class Zamba2(Family):
             return model.config.intermediate_size * self.channel_parameters(model)
         if component.kind == "ssm":
             return 0
+        if component.kind in WIDTHS:
+            return self.whole_parameters(model, component)
         block = layer.shared_transformer
         if component.kind == "transformer_block":
             return _merged(block) + _merged(layer.linear)
@@ -169,6 +184,8 @@ class Zamba2(Family):
             return _count(decoder_of(layer).parameters())
         if component.kind == "ssm":
             return dead_without_ssm(decoder_of(layer).mamba)
+        if component.kind in WIDTHS:
+            return self.whole_parameters(model, component)
         if component.kind == "transformer_block":
             own = _count(layer.linear.parameters())
             return own + self._dead(model, component.index, "")

@@ -5,34 +5,30 @@ The package ships `pocket` (the default), `smoke` (tests), `paper` (the paper's 
 unknown one is refused.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .. import paper
-from ..components import KINDS
+from ..components import KINDS, PARTS
 from ..errors import ProfileError
+from ..plan import Stage
 from ..recipe import Recipe
 from ..records import Name
+from ..savings import UNITS
+from .beyond import CERTAINTY as CERTAINTY
+from .beyond import PARETO as PARETO
+from .beyond import Certainty as Certainty
+from .beyond import Pareto as Pareto
+from .strict import Settings as _Settings
 
 FOLDER = Path(__file__).parent
-RECOVERY = "recovery"
-"""The name of the study that tunes pruned models again."""
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_known_keys(cls, values: Any) -> Any:
-        """Refuse an unknown key with the known ones beside it, which pydantic's own message lacks."""
-        unknown = sorted(set(values) - set(cls.model_fields)) if isinstance(values, dict) else []
-        if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}, expected one of {', '.join(cls.model_fields)}")
-        return values
+INVENTORY, DENSE, SPEED, RECOVERY = "inventory", "dense", "speed", "recovery"
+"""The names of the studies beside the pruning studies: what models hold, how they score as they are, how fast they are
+with parts removed, and tuned again."""
 
 
 class RandomModel(_Settings):
@@ -120,7 +116,7 @@ class EvaluationSettings(_Settings):
 
 
 class StageSettings(_Settings):
-    """One stage of a search: the kinds that compete, how many removals, and MLP channels removed at a time."""
+    """One stage of a search: the kinds that compete, how many removals, and MLP channels (heads, ...) removed at a time."""
 
     kinds: tuple[str, ...]
     steps: PositiveInt
@@ -131,22 +127,20 @@ class StageSettings(_Settings):
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ValueError(f"kind {kind!r} is unknown, expected one of {', '.join(KINDS)}")
-        if (self.group is not None) != ("mlp_channels" in self.kinds):
-            raise ValueError("group: expected with mlp_channels, and with no other kind")
+        if (self.group is not None) != bool(PARTS.keys() & set(self.kinds)):
+            raise ValueError(f"group: expected with {', '.join(PARTS)}, and with no other kind")
         return self
 
 
-class Study(_Settings):
-    """A pruning study: one search, and evaluations after some of its removals.
+class _Search(_Settings):
+    """What is removed: the stages of a search, and what it asks beside them."""
 
-    table: the table of the paper that it fills. rows: for each model, after how many removals it is evaluated, and the
-    row of the paper that each stands beside: the same share of a deeper model, by the paper's number of removals, or
-    in table 3 by its ratio.
-    """
-
-    table: PositiveInt
     stages: tuple[StageSettings, ...]
-    rows: dict[str, dict[NonNegativeInt, float]]
+
+    @property
+    def plan_stages(self) -> list[Stage]:
+        """The stages as `search` takes them."""
+        return [Stage(**stage.model_dump(exclude_none=True)) for stage in self.stages]
 
     @property
     def steps(self) -> int:
@@ -158,11 +152,53 @@ class Study(_Settings):
         """The kinds of all stages, in order."""
         return tuple(dict.fromkeys(kind for stage in self.stages for kind in stage.kinds))
 
+    def _check_rows(self, rows: Mapping[str, Collection[int]]) -> None:
+        for model, numbers in rows.items():
+            if list(numbers) != sorted(numbers) or max(numbers, default=0) > self.steps:
+                raise ValueError(f"rows of {model}, {list(numbers)}: expected rising numbers up to {self.steps} steps")
+
+
+class Study(_Search):
+    """A pruning study: one search, and evaluations after some of its removals.
+
+    table: the table of the paper that it fills. rows: for each model, after how many removals it is evaluated, and the
+    row of the paper that each stands beside: the same share of a deeper model, by the paper's number of removals, or
+    in table 3 by its ratio.
+    """
+
+    table: PositiveInt
+    rows: dict[str, dict[NonNegativeInt, float]]
+
     @model_validator(mode="after")
     def _check(self) -> "Study":
-        for model, rows in self.rows.items():
-            if list(rows) != sorted(rows) or max(rows, default=0) > self.steps:
-                raise ValueError(f"rows of {model}, {list(rows)}: expected rising numbers up to {self.steps} steps")
+        self._check_rows(self.rows)
+        return self
+
+
+class Strategy(_Search):
+    """A pruning study that the paper does not have: other ways to choose, or other kinds.
+
+    rows: for each model, after how many removals it is evaluated. samples: calibration texts, in place of the profile's
+    number. metric, one_shot, per: as for `search`; per is the name of a unit (`savings.UNITS`).
+    """
+
+    rows: dict[str, tuple[PositiveInt, ...]]
+    samples: PositiveInt | None = None
+    metric: str = "perplexity"
+    one_shot: bool = False
+    per: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it asks of `search`, where that differs from the paper's."""
+        given = {"metric": self.metric, "one_shot": self.one_shot, "per": self.per}
+        return {name: value for name, value in given.items() if value != type(self).model_fields[name].default}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Strategy":
+        if self.per is not None and self.per not in UNITS:
+            raise ValueError(f"per {self.per!r}: expected one of {', '.join(UNITS)}")
+        self._check_rows(self.rows)
         return self
 
 
@@ -222,7 +258,7 @@ class Profile(_Settings):
 
     papers_own_models: whether the models are those of the paper itself, so that a claim can fail on them and not just
     stay unseen. device, dtype: where models run and as what; None takes what `load_model` takes. search_gib: what a
-    search may hold beside the model; None leaves it to `search`.
+    search may hold beside the model; None leaves it to `search`. beyond, certainty, pareto: what the paper did not ask.
     """
 
     name: str
@@ -237,16 +273,30 @@ class Profile(_Settings):
     studies: dict[str, Study]
     speed: Speed | None = None
     recovery: Recovery | None = None
+    beyond: dict[Name, Strategy] = Field(default_factory=dict)
+    certainty: Certainty | None = None
+    pareto: Pareto | None = None
 
     @property
     def study_names(self) -> tuple[str, ...]:
-        """The pruning studies, and recovery where it is set."""
-        return (*self.studies, *([RECOVERY] if self.recovery else []))
+        """All studies of the profile: the pruning studies with what comes before and after them, where it is set."""
+        set_apart = {SPEED: self.speed, RECOVERY: self.recovery, CERTAINTY: self.certainty, PARETO: self.pareto}
+        return (INVENTORY, DENSE, *self.searches, *(name for name, settings in set_apart.items() if settings))
+
+    @property
+    def searches(self) -> dict[str, Study | Strategy]:
+        """All pruning studies, the paper's and those beyond it."""
+        return {**self.studies, **self.beyond}
 
     def calibration_of(self, model: str) -> CalibrationSettings:
         """The calibration settings of a model."""
         changes = self.models[model].calibration
         return self.calibration.model_copy(update=changes.model_dump() if changes else {})
+
+    def calibration_in(self, study: str, model: str) -> CalibrationSettings:
+        """The calibration settings of a study's search on a model."""
+        samples = self.beyond[study].samples if study in self.beyond else None
+        return self.calibration_of(model).model_copy(update={"samples": samples} if samples else {})
 
     def metric_of(self, model: str, column: Column) -> str:
         """The lm-eval metric that fills a column for a model."""
@@ -255,7 +305,7 @@ class Profile(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":
-        for name, study in self.studies.items():
+        for name, study in self.searches.items():
             for model in study.rows:
                 if model not in self.models:
                     known = ", ".join(self.models)
@@ -269,6 +319,13 @@ class Profile(_Settings):
                 if pruned is None or row.removed not in pruned.rows.get(tuned.model, {}):
                     where = f"{tuned.model} with {row.removed} removed"
                     raise ValueError(f"recovery, table {number}: {where} is no row of a study {row.study!r}")
+        if self.pareto is not None:
+            for name in self.pareto.studies:
+                if name not in self.searches or self.pareto.model not in self.searches[name].rows:
+                    raise ValueError(f"pareto: no study {name!r} of a model {self.pareto.model!r}")
+        for model in self.certainty.models if self.certainty else ():
+            if model not in self.models:
+                raise ValueError(f"certainty: no model {model!r}, expected one of {', '.join(self.models)}")
         return self
 
 

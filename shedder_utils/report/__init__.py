@@ -6,19 +6,38 @@ What has no record yet shows as not run; a broken record raises RecordError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import profiles
 from ..files import in_project
 from ..profiles import Profile
-from . import claims, figures, hyperparameters, origin, recovery, recovery_curves, speed, speedups, tables
+from . import (
+    beyond,
+    certainty,
+    claims,
+    figures,
+    hyperparameters,
+    origin,
+    pareto,
+    recovery,
+    recovery_curves,
+    speed,
+    speedups,
+    tables,
+)
 from .evidence import Verdict, Verdicts
 from .figures import Drawing
 from .rendering import Table
 from .runs import Runs
 
 __all__ = ["Drawing", "Table", "Verdict", "Verdicts", "build", "figure", "provenance", "table", "verdicts"]
+
+
+BEYOND: dict[int | str, Callable[[Runs, Runs], Table]] = {
+    "strategies": beyond.strategies, "joint": beyond.joint, "certainty": certainty.orders, "spread": certainty.spread
+}  # fmt: skip
+"""The tables of what the paper did not ask."""
 
 
 def table(
@@ -30,7 +49,8 @@ def table(
     """Tables 1 to 5 (scores of pruned models): the paper, the records under `recorded`, and those under `root`.
 
     6 to 9 (speed of pruned models) likewise, and further ones of the profile by name; "freed" is what removal frees of
-    each of them. 10 to 12: recovery tuning. Table 13 has the paper's hyperparameters and the profile's.
+    each of them. 10 to 12: recovery tuning. Table 13 has the paper's hyperparameters and the profile's. Beyond the
+    paper: "strategies", "joint" (search), "certainty" (of an order) and "spread" (of what is left).
 
     Raises DataError for a table that the profile's studies do not fill.
     """
@@ -39,6 +59,8 @@ def table(
         return hyperparameters.table(settings)
     if number == "freed":
         return speedups.freed(Runs(settings, root))
+    if number in BEYOND:
+        return BEYOND[number](Runs(settings, root), Runs(settings, recorded))
     if number in range(10, 13):
         return recovery.table(int(number), Runs(settings, root), Runs(settings, recorded))
     if number in range(6, 10) or isinstance(number, str):
@@ -47,12 +69,15 @@ def table(
 
 
 def figure(number: int | str, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
-    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs), 4 (calibration perplexity) "speedup" or "recovery".
+    """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs), 4 (calibration perplexity), or one that is named.
+
+    Those are "speedup", "recovery", and "pareto": accuracy against measured time for all strategies.
 
     Its `.figure` is matplotlib's. Raises DataError for a figure that the profile's studies do not fill.
     """
     runs = Runs(profiles.load(profile), root)
-    return recovery_curves.draw(runs) if number == "recovery" else figures.draw(number, runs)
+    named = {"recovery": recovery_curves.draw, "pareto": pareto.draw}
+    return named[number](runs) if number in named else figures.draw(number, runs)
 
 
 def verdicts(
@@ -86,9 +111,17 @@ def build(
         *(speed.table(number, yours.fresh(), theirs.fresh()) for number in speed.available(settings)),
         *([speedups.freed(yours.fresh())] if speed.available(settings) else []),
         *(recovery.table(number, yours.fresh(), theirs.fresh()) for number in recovery.available(settings)),
+        *(BEYOND[name](yours.fresh(), theirs.fresh()) for name in _beyond(settings)),
         hyperparameters.table(settings),
         *(figures.draw(number, yours) for number in figures.available(yours)),
         *([recovery_curves.draw(yours)] if settings.recovery else []),
+        *([pareto.draw(yours)] if settings.pareto else []),
         claims.judge(yours),
     ]
     return [path for item in shown for path in item.save(target)]
+
+
+def _beyond(profile: Profile) -> list[str]:
+    """The tables beyond the paper that a profile fills."""
+    on_strategies = ["strategies", "joint"] if profile.pareto else []
+    return on_strategies + (["certainty", "spread"] if profile.certainty else [])

@@ -1,7 +1,7 @@
 """Evidence: how far one model is ahead of another, and what that makes of a claim.
 
-Standard errors take the evaluations as independent; as all models answer the same items, that makes the intervals
-rather too wide.
+All models answer the same items, so accuracies are compared item by item where the records hold the answers; other
+numbers are taken as independent, which makes their intervals rather too wide (`runs.error_of_sum`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from ..profiles import Profile
 from ..records import Metric, Record
 from .rendering import DASH, markdown, place, save, sidecar
-from .runs import error_of
+from .runs import error_of, error_of_sum
 
 Z95 = 1.96
 CLEARLY = 5.0
@@ -157,9 +157,9 @@ def weigh(profile: Profile, name: str, text: str, numbers: tuple[Advantage, ...]
 
 def lead(ahead_dense: Metric, ahead: Metric, behind_dense: Metric, behind: Metric) -> tuple[float, float]:
     """What the second model loses more than the first, on a scale where higher is better, with its standard error."""
-    four = (ahead_dense, ahead, behind_dense, behind)
+    four, weights = (ahead_dense, ahead, behind_dense, behind), (-1, 1, 1, -1)
     value = (behind_dense.value - behind.value) - (ahead_dense.value - ahead.value)
-    return value, math.hypot(*map(error_of, four))
+    return value, error_of_sum(weights, four)
 
 
 def logarithm(perplexity: Metric) -> Metric:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ..records import Metric
 from .evidence import Z95, Advantage, Verdict, exp, logarithm, untrained, weak, weigh
-from .runs import Runs, error_of
+from .runs import Runs, error_of_sum
 from .tables import paper_values, target_of
 
 ZAMBA2, HYMBA, FALCON = "zamba2-2.7b", "hymba-1.5b", "falcon-mamba-7b"
@@ -144,4 +143,4 @@ def _advantages(column: str, measure: str, start: float, pairs: Sequence[tuple[S
 
 
 def _difference(ours: Metric, theirs: Metric) -> tuple[float, float]:
-    return ours.value - theirs.value, math.hypot(error_of(ours), error_of(theirs))
+    return ours.value - theirs.value, error_of_sum((1, -1), (ours, theirs))

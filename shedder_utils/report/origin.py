@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..errors import DataError
-from ..profiles import RECOVERY, Profile
 from ..records import Record
+from ..schedule import steps
 from .rendering import DASH, Table
 from .runs import Runs
 
@@ -20,11 +20,11 @@ def provenance(runs: Runs, study: str) -> Table:
 
     Its frame has one line for each model. Raises DataError for a study that the profile does not have.
     """
-    known = ["dense", *runs.profile.study_names]
+    known = runs.profile.study_names
     if study not in known:
         raise DataError(f"study {study!r}: expected one of {', '.join(known)} with profile {runs.profile.name}")
     studies = list(dict.fromkeys(["dense", study]))
-    about = _models(runs.profile, study)
+    about = dict.fromkeys(step.model for step in steps(runs.profile, studies=[study]))
     found = {model: [record for name in studies for record in runs.of(name, model)] for model in about}
     facts = {model: _facts(of_model) if of_model else {} for model, of_model in found.items()}
     labels = list(dict.fromkeys(label for of_model in facts.values() for label in of_model)) or ["runs"]
@@ -32,13 +32,6 @@ def provenance(runs: Runs, study: str) -> Table:
     frame = pd.DataFrame([{"model": model, **of_model} for model, of_model in facts.items()])
     note = "Fingerprints are the first 12 digits of a sha256; seconds are summed over the runs."
     return Table(f"provenance_{study}", f"Where the numbers of {study} come from", note, ("", *facts), rows, frame)
-
-
-def _models(profile: Profile, study: str) -> Iterable[str]:
-    """The models that a study is about."""
-    if study == RECOVERY and profile.recovery:
-        return [table.model for table in profile.recovery.tables.values()]
-    return profile.models if study == "dense" else profile.studies[study].rows
 
 
 def _facts(found: list[Record]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ..profiles import RECOVERY, Profile, RecoveryRow, RecoveryTable
 from ..records import Metric, Record
 from .evidence import Z95, Advantage, Verdict, untrained, weak, weigh
 from .rendering import DASH, Table
-from .runs import Runs, by_column, error_of, mean
+from .runs import Runs, by_column, error_of, error_of_sum, mean
 from .tables import HEADINGS, Cell, difference_of, text_of
 
 COLUMNS = ("ppl", "average")
@@ -244,15 +244,16 @@ def _three(found: Found, row: RecoveryRow, column: str) -> tuple[Metric, Metric,
 def _clearly_lost(column: str, dense: Metric, pruned: Metric) -> bool:
     """Whether the loss differs from 0 with 95 % confidence."""
     lost = pruned.value - dense.value if column == "ppl" else dense.value - pruned.value
-    return lost > Z95 * math.hypot(error_of(dense), error_of(pruned))
+    return lost > Z95 * error_of_sum((1, -1), (dense, pruned))
 
 
 def _beyond(column: str, dense: Metric, pruned: Metric, tuned: Metric) -> tuple[float, float, float]:
     """Middle over tuned (perplexity), or tuned less middle, with its 95 % interval; above 1 or 0: half is won back."""
-    middle, error = (dense.value + pruned.value) / 2, math.hypot(error_of(dense), error_of(pruned)) / 2
+    middle = (dense.value + pruned.value) / 2
     if column == "average":
-        value, spread = tuned.value - middle, Z95 * math.hypot(error, error_of(tuned))
+        value, spread = tuned.value - middle, Z95 * error_of_sum((1, -0.5, -0.5), (tuned, dense, pruned))
         return value, value - spread, value + spread
+    error = math.hypot(error_of(dense), error_of(pruned)) / 2
     value, spread = middle / tuned.value, Z95 * math.hypot(error / middle, error_of(tuned) / tuned.value)
     return value, value * math.exp(-spread), value * math.exp(spread)
 

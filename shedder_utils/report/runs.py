@@ -15,6 +15,7 @@ from ..files import in_project
 from ..plan import Plan
 from ..profiles import Profile
 from ..records import Metric, Record
+from ..statistics import paired_error
 
 BLOCKS, SSMS = "block_pruning", "ssm_pruning"
 Place = tuple[str, str, str]
@@ -139,10 +140,12 @@ def by_column(record: Record, profile: Profile) -> dict[str, Metric]:
 def mean(metrics: Sequence[Metric]) -> Metric:
     """The mean of independent measurements, with its standard error; n is the number of all items."""
     errors = [error_of(metric) for metric in metrics]
+    items = [metric.items for metric in metrics if metric.items]
     return Metric(
         value=math.fsum(metric.value for metric in metrics) / len(metrics),
         stderr=math.hypot(*errors) / len(metrics),
         n=sum(metric.n or 0 for metric in metrics),
+        items=" ".join(items) if len(items) == len(metrics) else None,
     )
 
 
@@ -151,5 +154,17 @@ def error_of(metric: Metric) -> float:
     return math.nan if metric.stderr is None else metric.stderr
 
 
+def error_of_sum(weights: Sequence[float], metrics: Sequence[Metric]) -> float:
+    """The standard error of a weighted sum of metrics: paired for accuracies, in points, on the same items.
+
+    Where a record does not say how single items were answered, and for perplexities, they are taken as independent,
+    which makes it rather too wide.
+    """
+    items = [metric.items for metric in metrics if metric.items]
+    error = paired_error(weights, items) if len(items) == len(metrics) else None
+    independent = math.hypot(*(weight * error_of(m) for weight, m in zip(weights, metrics, strict=True)))
+    return independent if error is None else 100 * error
+
+
 def _points(metric: Metric) -> Metric:
-    return Metric(value=100 * metric.value, stderr=100 * error_of(metric), n=metric.n)
+    return Metric(value=100 * metric.value, stderr=100 * error_of(metric), n=metric.n, items=metric.items)

@@ -161,7 +161,7 @@ def _sources(sidecar: Path, recorded: dict[Place, Record]) -> Iterator[Finding]:
 
 
 def _notebooks(profile: Profile, base: Path, recorded: dict[Place, Record]) -> Iterator[Finding]:
-    """Every notebook of a recorded study has outputs in all its cells, none of them an error."""
+    """Every notebook of a recorded study, or of none, has outputs in all its cells, none of them an error."""
     done = {study for study, *_ in recorded}
     for file in sorted((base / "notebooks").glob("[0-9]*.ipynb")):
         try:
@@ -170,7 +170,8 @@ def _notebooks(profile: Profile, base: Path, recorded: dict[Place, Record]) -> I
             continue  # reported by the manifest
         shown = set(content["metadata"].get("shedder", {}).get("studies", []))
         code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-        if not shown & done or not any(f'profile = "{profile.name}"' in "".join(cell["source"]) for cell in code):
+        own = any(f'profile = "{profile.name}"' in "".join(cell["source"]) for cell in code)
+        if not own or (shown and not shown & done):
             continue
         if not all(cell["execution_count"] for cell in code):
             yield Finding("broken", _inside(file), "was not run from top to bottom: `make record` does so")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from shedder_utils import profiles, records
+from shedder_utils import Plan, notebooks, profiles, records
+from shedder_utils.cost_plan import CostPlan
 from shedder_utils.schedule import Schedule, duration
 
 from .models import build_models
@@ -47,10 +48,24 @@ def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 
             print(f"{command}: {duration(time.perf_counter() - started)}, {len(hub.requests)} requests", flush=True)
             if finished.returncode:
                 problems.append(f"{command} ended with {finished.returncode}")
-    left = Schedule(profiles.load(profile), folder / "runs", models=_names(models), studies=_names(studies)).left
-    problems += [f"{'/'.join(step.place)} is not recorded" for step in left if step.part_of or not studies]
+    settings, wanted = profiles.load(profile), (_names(models), _names(studies))
+    schedule = Schedule(settings, folder / "runs", models=wanted[0], studies=notebooks.computed(settings, *wanted))
+    problems += [f"{'/'.join(step.place)} is not recorded" for step in schedule.left]
+    problems += passes_amiss(CostPlan(settings, schedule, *wanted), folder / "runs")
     _print_summary(folder / "runs")
     return problems
+
+
+def passes_amiss(plan: CostPlan, runs: Path) -> list[str]:
+    """The searches that did not make the passes that were planned, or with several stages made more."""
+    found = []
+    for job in plan.jobs:
+        file = records.path(runs, plan.profile.name, job.study, job.model, "search")
+        if job.what == "search" and file.exists():
+            made = Plan.model_validate(records.read(file).plan).provenance["passes"]
+            if made > job.passes or (made < job.passes and len(plan.profile.studies[job.study].stages) == 1):
+                found.append(f"{job.study}, {job.model}: {made} passes, planned {job.passes}")
+    return found
 
 
 def derived(file: Path, limit: int) -> Path:

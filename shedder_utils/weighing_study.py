@@ -1,0 +1,64 @@
+"""What the components of a model save, as a study's search weighs them: counted or timed once, and recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .component_costs import savings
+from .components import PARTS, Component
+from .families import family_of
+from .records import Metric, Outcome, Request
+from .savings import MEASURED, Savings
+
+if TYPE_CHECKING:
+    from .studies import Workbench
+
+SAVINGS = "savings"
+WHOLE = "model"
+TIMING = {"prompt_tokens": 512, "new_tokens": 16, "batches": 20}
+"""How a component is timed where the profile measures no speed of its own."""
+
+
+def recorded_savings(bench: Workbench, study: str) -> Savings:
+    """What each component of a study's kinds saves, in the unit by which the study chooses.
+
+    Metrics are by component, such as "decode/ssm:17/seconds" or "bytes/ssm:17", and "model" for the whole. Times are
+    of the machine, so another machine may find another order of removals.
+    """
+    settings = bench.profile.beyond[study]
+    unit = str(settings.per)
+    speed = bench.profile.speed
+    timing: dict[str, Any] = TIMING | ({"prompt_tokens": speed.prompt_tokens, "batches": speed.batches} if speed else {})
+    spec = {"unit": unit, "kinds": settings.kinds, **timing}
+
+    def compute(_: Request) -> Outcome:
+        found = savings(bench.model, settings.kinds, [unit], **timing)[unit]
+        values = {WHOLE: found.whole, **found.each}
+        return Outcome(metrics={_name(unit, part): Metric(value=_stored(unit, v)) for part, v in values.items()})
+
+    record = bench.record(study, SAVINGS, spec, {}, [], compute)
+    return _read(bench, unit, {name: metric.value for name, metric in record.metrics.items()})
+
+
+def _read(bench: Workbench, unit: str, values: dict[str, float]) -> Savings:
+    """The savings that a record's metrics hold."""
+    found = {name.split("/")[1]: value * (1e3 if unit in MEASURED else 1) for name, value in values.items()}
+    whole = found.pop(WHOLE)
+    kinds = dict.fromkeys(Component.parse(name).kind for name in found)
+    parts = {kind: family_of(bench.model).channels(bench.model, kind) for kind in kinds if kind in PARTS}
+    return Savings(unit=unit, whole=whole, each=found, parts=parts)
+
+
+def _name(unit: str, part: str) -> str:
+    return f"{unit}/{part}/seconds" if unit in MEASURED else f"{unit}/{part}"
+
+
+def _stored(unit: str, value: float) -> float:
+    """As a record keeps it: times in seconds."""
+    return value / 1e3 if unit in MEASURED else value
+
+
+def search_options(bench: Workbench, study: str) -> dict[str, Any]:
+    """What a study asks of `search` beside its stages, as `search` takes it."""
+    options = bench.profile.beyond[study].options if study in bench.profile.beyond else {}
+    return options | ({"per": recorded_savings(bench, study)} if "per" in options else {})

@@ -1,0 +1,114 @@
+"""Searches that begin alike: what is taken over is what a full search finds, and nothing of another search is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shedder_utils import Plan, Stage, profiles, records
+from shedder_utils.prefix import shared_removals, taken_over
+from shedder_utils.records import Record, Request
+from shedder_utils.studies import Workbench, removal_order
+
+MODEL = "smoke-mamba2"
+STUDIES = {
+    "first": [{"kinds": ["mamba_block", "ssm"], "steps": 3}],
+    "second": [{"kinds": ["mamba_block", "ssm"], "steps": 2}, {"kinds": ["ssm"], "steps": 2}],
+    "unlike": [{"kinds": ["ssm"], "steps": 1}],
+}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke profile with one model and three searches, two of which begin alike."""
+    content = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
+    content |= {"speed": None, "recovery": None, "models": {MODEL: content["models"][MODEL]}}
+    content["studies"] = {name: {"table": 3, "stages": s, "rows": {MODEL: {1: 1}}} for name, s in STUDIES.items()}
+    file = tmp_path_factory.mktemp("profile") / "alike.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture(scope="module")
+def output(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the records of all three searches, made one after the other."""
+    folder = tmp_path_factory.mktemp("runs")
+    bench = Workbench(profile, MODEL, folder)
+    for study in STUDIES:
+        removal_order(bench, study)
+    return folder
+
+
+def record_of(output: Path, study: str) -> Record:
+    return records.read(records.path(output, "smoke", study, MODEL, "search"))
+
+
+def plan_of(output: Path, study: str) -> Plan:
+    return Plan.model_validate(record_of(output, study).plan)
+
+
+def test_the_plan_is_that_of_a_full_search(profile: Path, output: Path, tmp_path: Path) -> None:
+    found, whole = plan_of(output, "second"), removal_order(Workbench(profile, MODEL, tmp_path), "second")
+    assert found.components == whole.components
+    assert [removal.stage for removal in found.removals] == [0, 0, 1, 1]
+    assert found.scores[:3] == plan_of(output, "first").scores[:3]
+    assert found.scores == pytest.approx(whole.scores, rel=1e-6)
+    assert (found.stages, found.model, found.calibration) == (whole.stages, whole.model, whole.calibration)
+    for count in ("passes", "layer_runs"):
+        assert 0 < found.provenance[count] < whole.provenance[count]
+    assert not list(output.rglob("*.part"))
+
+
+def test_the_record_says_what_was_taken_over(output: Path) -> None:
+    origin = record_of(output, "first")
+    expected = {"study": "first", "removals": 2, "checksum": records.checksum(origin)}
+    assert plan_of(output, "second").provenance["taken_over"] == expected
+    assert "taken_over" not in plan_of(output, "first").provenance
+    assert "taken_over" not in plan_of(output, "unlike").provenance
+
+
+def test_a_search_that_is_forced_is_made_in_full(profile: Path, output: Path, tmp_path: Path) -> None:
+    records.write(tmp_path, record_of(output, "first"))
+    plan = removal_order(Workbench(profile, MODEL, tmp_path, force=True), "second")
+    assert "taken_over" not in plan.provenance
+
+
+def with_changes(request: Request, part: str, changes: dict[str, Any]) -> Request:
+    return request.model_copy(update={part: getattr(request, part).model_copy(update=changes)})
+
+
+def test_nothing_is_taken_from_a_search_with_other_settings(output: Path) -> None:
+    record = record_of(output, "second")
+    request = Request(**{name: getattr(record, name) for name in Request.model_fields})
+    stages = [Stage(**stage) for stage in STUDIES["second"]]
+    assert taken_over(request, stages, output) is not None
+    data = request.data["calibration"].model_copy(update={"fingerprint": "0" * 64})
+    for other in (
+        with_changes(request, "model", {"fingerprint": "0" * 64}),
+        with_changes(request, "model", {"dtype": "bfloat16"}),
+        request.model_copy(update={"data": {"calibration": data}}),
+        request.model_copy(update={"spec": {**request.spec, "calibration": {"seed": 7}}}),
+        request.model_copy(update={"spec": {**request.spec, "metric": "kl"}}),
+    ):
+        assert taken_over(other, stages, output) is None
+    assert taken_over(request, [Stage("mamba_block", 2)], output) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ([Stage("ssm", 4)], [Stage("ssm", 7)], 4),
+        ([Stage("ssm", 7)], [Stage("ssm", 4), Stage("mha", 2)], 4),
+        ([Stage("ssm", 4), Stage("mha", 3)], [Stage("ssm", 4), Stage("mha", 2)], 6),
+        ([Stage("ssm", 4)], [Stage(["ssm", "mha"], 4)], 0),
+        ([Stage("mlp_channels", 4, group=32)], [Stage("mlp_channels", 4, group=64)], 0),
+        ([Stage("mha", 1), Stage("ssm", 4)], [Stage("ssm", 4)], 0),
+    ],
+)
+def test_searches_share_removals_as_long_as_their_stages_agree(
+    first: list[Stage], second: list[Stage], shared: int
+) -> None:
+    assert shared_removals(first, second) == shared_removals(second, first) == shared
