@@ -249,7 +249,7 @@ def test_the_command_searches_to_a_budget_and_compares_with_what_is_measured(tin
         "whole": plan.provenance["per"]["whole"], "saved": plan.provenance["saved"]["bytes"][-1],
         "share": pytest.approx(said["saved"]["bytes"]["saved"] / said["saved"]["bytes"]["whole"]),
     }  # fmt: skip
-    timing = ["--prompt-tokens", "8", "--new-tokens", "2", "--batches", "2"]
+    timing = ["--prompt-tokens", "8", "--new-tokens", "6", "--batches", "9"]
     said = run("search", tiny, *pool, "--steps", 1, "--per", "decode", *timing, "--output", tmp_path / "q.json")
     assert set(said["saved"]["decode"]) == {"whole", "saved", "share", "predicted", "measured", "low", "high"}
     assert said["saved"]["decode"]["low"] <= said["saved"]["decode"]["measured"] <= said["saved"]["decode"]["high"]
@@ -257,14 +257,12 @@ def test_the_command_searches_to_a_budget_and_compares_with_what_is_measured(tin
 
 
 def test_a_search_that_goes_on_keeps_the_savings_it_began_with(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
-    options = ["--kinds", "mamba_block, ssm", "--per", "decode", "--prompt-tokens", "8", "--new-tokens", "2",
-               "--batches", "1", *TEXT, "--output", tmp_path / "p.json"]  # fmt: skip
-    run("search", tiny, *options, "--steps", 3)
+    options = ["--kinds", "mamba_block, ssm", "--steps", 2, "--per", "bytes", *TEXT, "--output", tmp_path / "p.json"]
+    run("search", tiny, *options)
     begun = Plan.load(tmp_path / "p.json").first(1)
-    for lists in begun.provenance["saved"].values():
-        del lists[1:]
+    begun.provenance["per"]["whole"] += 1  # as another machine may have weighed it
     begun.save(tmp_path / ".p.json.part")
-    run("search", tiny, *options, "--steps", 3)
+    run("search", tiny, *options)
     assert Plan.load(tmp_path / "p.json").provenance["per"] == begun.provenance["per"]
 
 

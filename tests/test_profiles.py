@@ -35,7 +35,7 @@ def test_shipped_profile_fits_the_paper(name):
 def test_pocket_removes_the_papers_shares():
     profile = profiles.load("pocket")
     for study in profile.studies.values():
-        for model, rows in study.rows.items():
+        for model, rows in study.rows.items() if study.table != 3 else []:  # table 3's rows are ratios
             blocks, layers = paper.models()[profile.models[model].paper]["blocks"], CONFIGS[model].num_hidden_layers
             for ours, theirs in rows.items():
                 assert abs(ours / layers - theirs / blocks) <= 0.5 / layers
