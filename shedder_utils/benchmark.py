@@ -105,17 +105,17 @@ def benchmark(
         prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            prefill, decode, peak = _once(runs[name], prompt, new_tokens)
-            if peak is not None:
-                timings.peak_mib[name] = max(peak, timings.peak_mib.get(name, 0.0))
+            seconds = _once(runs[name], prompt, new_tokens)
             if number >= 0:
-                for phase, value in zip(PHASES, (prefill, decode), strict=True):
+                for phase, value in zip(PHASES, seconds, strict=True):
                     timings.seconds[name][phase].append(value)
+    peaks = {name: _peak_mib(model, prompt, new_tokens) for name, model in runs.items()}
+    timings.peak_mib = {name: peak for name, peak in peaks.items() if peak is not None}
     return timings
 
 
-def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, float | None]:
-    """Seconds of one prefill, and of one token of the greedy decoding after it; the peak of memory in MiB, if known."""
+def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill, and of one token of the greedy decoding after it."""
     with evaluating(model):
         meter = _CudaMeter(model.device) if model.device.type == "cuda" else _Meter()
         meter.mark()
@@ -128,15 +128,26 @@ def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[floa
             token = model(token, use_cache=True, **{held: cache}).logits[:, -1:].argmax(-1)
         meter.mark()
     prefill, decode = meter.seconds()
-    return prefill, decode / (new_tokens - 1), meter.peak_mib()
+    return prefill, decode / (new_tokens - 1)
+
+
+def _peak_mib(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float | None:
+    """The peak of memory in MiB of the same once more, where the system can tell it. Not timed: it begins with nothing
+    kept from earlier runs, which they are faster for."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _once(model, prompt, new_tokens)
+        return torch.cuda.max_memory_allocated(model.device) / 2**20
+    known = provenance.reset_peak()
+    _once(model, prompt, new_tokens)
+    return provenance.peak_mib() if known else None
 
 
 class _Meter:
-    """Seconds between marks, and the process's peak of memory since the start, where the system can tell it."""
+    """Seconds between marks."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
-        self.from_now = provenance.reset_peak()
 
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
@@ -144,17 +155,13 @@ class _Meter:
     def seconds(self) -> list[float]:
         return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
-    def peak_mib(self) -> float | None:
-        return provenance.peak_mib() if self.from_now else None
-
 
 class _CudaMeter:
-    """The same from events on the device, which runs behind the program, and from torch's own count of its memory."""
+    """The same from events on the device, which runs behind the program."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[torch.cuda.Event] = []
-        torch.cuda.reset_peak_memory_stats(device)
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -162,8 +169,5 @@ class _CudaMeter:
         self.marks.append(event)
 
     def seconds(self) -> list[float]:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
-
-    def peak_mib(self) -> float:
-        return torch.cuda.max_memory_allocated(self.device) / 2**20

@@ -108,11 +108,15 @@ _earlier_mib = 0.0
 def reset_peak() -> bool:
     """Start the kernel's high-water mark anew; False where it cannot be: then the mark is that of the whole process.
 
+    What earlier work has freed is given back first, so that it does not count. Computing is slower for a moment then.
     Only Linux starts it anew, and not every build of it, so what it holds afterwards is looked at: a mark that began
     now is what the process holds now, but for the few MiB that the kernel's counters lag behind.
     """
     global _earlier_mib
+    from .kernels.memory import give_back_freed_memory
+
     _earlier_mib = max(_earlier_mib, peak_mib())
+    give_back_freed_memory()
     if sys.platform != "linux":
         return False
     with suppress(OSError):

@@ -26,7 +26,7 @@ def test_every_round_runs_every_model_and_the_reference_twice() -> None:
     for model in (dense, small):
         model.register_forward_pre_hook(lambda m, args: lengths.append((m.config.num_hidden_layers, args[0].shape[1])))
     timings = benchmark({"dense": dense, "small": small}, prompt_tokens=5, new_tokens=3, batches=2, warmup=1)
-    assert sorted(lengths) == sorted(3 * 2 * [(2, 5), (2, 1), (2, 1)] + 3 * [(1, 5), (1, 1), (1, 1)])
+    assert sorted(lengths) == sorted(4 * 2 * [(2, 5), (2, 1), (2, 1)] + 4 * [(1, 5), (1, 1), (1, 1)])
     rounds = {name: len(seconds["prefill"]) for name, seconds in timings.seconds.items()}
     assert rounds == {"dense": 2, "small": 2, "dense again": 2}
     assert list(timings.table().loc[("dense", "prefill")].index)[-4:] == ["speedup", "low", "high", "peak_mib"]

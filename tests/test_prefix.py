@@ -25,7 +25,8 @@ STUDIES = {
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke profile with one model and three searches, two of which begin alike."""
     content = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
-    content |= {"speed": None, "recovery": None, "models": {MODEL: content["models"][MODEL]}}
+    content |= dict.fromkeys(("speed", "recovery", "certainty", "pareto"))
+    content |= {"beyond": {}, "models": {MODEL: content["models"][MODEL]}}
     content["studies"] = {name: {"table": 3, "stages": s, "rows": {MODEL: {1: 1}}} for name, s in STUDIES.items()}
     file = tmp_path_factory.mktemp("profile") / "alike.yaml"
     file.write_text(yaml.safe_dump(content))
