@@ -97,5 +97,5 @@ def test_a_record_that_was_edited_stops_the_study(done: tuple[Path, dict[int, re
 def test_unknown_models_and_studies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no model 'pocket-mamba'"):
         Workbench("smoke", "pocket-mamba", tmp_path)
-    with pytest.raises(ProfileError, match="no study 'head_pruning'"):
-        studies.pruning(Workbench("smoke", "smoke-mamba", tmp_path), "head_pruning")
+    with pytest.raises(ProfileError, match="no study 'layer_pruning'"):
+        studies.pruning(Workbench("smoke", "smoke-mamba", tmp_path), "layer_pruning")
