@@ -29,6 +29,7 @@ OWN = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHON
 def lab(tmp_path: Path) -> Iterator[str]:
     """The address of a JupyterLab on copies of the notebooks, with settings and state of its own."""
     shutil.copytree(FOLDER, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    _clear(tmp_path / "notebooks" / NOTEBOOK)
     own = {name: str(tmp_path / name.lower()) for name in OWN}
     command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={tmp_path / 'notebooks'}", *LAB]
     with (tmp_path / "lab.log").open("w") as log:
@@ -81,6 +82,15 @@ def test_a_notebook_runs_in_jupyterlab(lab: str, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "smoke").rglob("*.json"))
     assert asked <= {"127.0.0.1", "localhost", None, ""}
     assert (FOLDER / NOTEBOOK).read_bytes() == before
+
+
+def _clear(file: Path) -> None:
+    """Take the recorded outputs out of a notebook, so that all that is seen later is of this run."""
+    notebook = nbformat.read(file, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, file)
 
 
 def _once_saved(notebook: Path) -> list[nbformat.NotebookNode]:
