@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedModel
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from shedder_utils import Calibration, kernels
@@ -36,10 +36,15 @@ def _one_thread() -> None:
 
 
 def random_model(family: str) -> PreTrainedModel:
+    """A random model of an architecture, whose every tensor matters."""
+    return random_model_of(CONFIGS[family])
+
+
+def random_model_of(config: PretrainedConfig) -> PreTrainedModel:
     """A random model whose every tensor matters: biases, norms and D are random too, not zeros and ones."""
     kernels.install()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_model_of
 from test_surgery import IDS, PADDED, TOLERANCE, error, logits, plan_of, step_by_step
 from test_surgery import build as build_stock
 from torch import nn
 from transformers import Mamba2Config, MambaConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
@@ -76,15 +76,7 @@ TOGETHER = [
 
 def build(family: str) -> PreTrainedModel:
     """A random model whose every tensor matters."""
-    if family not in WITH_BIASES:
-        return build_stock(family)
-    kernels.install()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(WITH_BIASES[family])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return random_model_of(WITH_BIASES[family]) if family in WITH_BIASES else build_stock(family)
 
 
 def mixer_of(model: PreTrainedModel, index: int) -> Any:
