@@ -15,8 +15,9 @@ from .errors import ProfileError
 from .plan import Plan, Stage
 from .profiles import CERTAINTY, PARETO
 from .records import Metric, Outcome, Record, Request
-from .studies import Workbench, facts, removal_order, speeds
+from .studies import facts, removal_order, speeds
 from .surgery import extract
+from .workbench import Workbench
 
 
 def certainty(bench: Workbench) -> dict[str, Record]:

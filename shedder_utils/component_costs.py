@@ -110,10 +110,10 @@ def _bytes(model: PreTrainedModel, classes: Sequence[Sequence[Component]], promp
 
 
 def _measured(model: PreTrainedModel, classes: Sequence[Sequence[Component]], timings: Timings, unit: str) -> Savings:
-    """Milliseconds: the medians over rounds of the dense model's time, and of its differences to the variants'."""
-    milliseconds = {name: 1e3 * np.array(phases[unit]) for name, phases in timings.seconds.items()}
-    saved = [float(np.median(milliseconds[DENSE] - milliseconds[str(group[0])])) for group in classes]
-    return _shared_out(model, classes, unit, float(np.median(milliseconds[DENSE])), saved)
+    """Seconds: the medians over rounds of the dense model's time, and of its differences to the variants'."""
+    seconds = {name: np.array(phases[unit]) for name, phases in timings.seconds.items()}
+    saved = [float(np.median(seconds[DENSE] - seconds[str(group[0])])) for group in classes]
+    return _shared_out(model, classes, unit, float(np.median(seconds[DENSE])), saved)
 
 
 def _shared_out(

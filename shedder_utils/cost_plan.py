@@ -21,7 +21,7 @@ from .components import PARTS
 from .errors import ProfileError
 from .families import family_of
 from .loading import local_folder
-from .prefix import shared_removals
+from .prefix import removals_before
 from .profiles import CERTAINTY, RECOVERY, CalibrationSettings, Certainty, Profile, StageSettings, Strategy, Study
 from .removal import components
 from .schedule import Schedule
@@ -134,12 +134,10 @@ class CostPlan:
     def _jobs(self) -> Iterator[Job]:
         for name in self._wanted:
             pricing = _Pricing(self.profile, name)
-            searched = [study for study in self.profile.studies if self._runs(study, name, "search")]
+            searched = [study for study in self.profile.searches if self._runs(study, name, "search")]
             for number, study in enumerate(searched):
-                yield pricing.search(study, before=searched[:number])
-            for study in self.profile.beyond:
-                if self._runs(study, name, "search"):
-                    yield pricing.drawing(self.profile.calibration_in(study, name)).strategy(study)
+                own = pricing.drawing(self.profile.calibration_in(study, name))
+                yield own.search(study, before=searched[:number])
             for study in ("dense", *self.profile.searches):
                 evaluated = self._runs(study, name) - sum(self._runs(study, name, s) for s in ("search", "savings"))
                 if evaluated:
@@ -181,27 +179,19 @@ class _Pricing:
         return other
 
     def search(self, study: str, before: Sequence[str] = ()) -> Job:
-        """A search by one sweep a step, with a full pass for each removal and one before the first.
+        """A search by one sweep or estimate a step, with a full pass for each removal that was measured.
 
         before: the searches that are there by then, to take the first steps over from.
         """
-        settings = self.profile.studies[study]
-        others = (self.profile.studies[other].plan_stages for other in before)
-        known = max((shared_removals(settings.plan_stages, other) for other in others), default=0)
-        counts = candidates_by_step(self.model, settings)[known:]
+        settings = self.profile.searches[study]
+        known = removals_before(self.profile, self.name, study, before)
+        counts = ranked_by_step(self.model, settings, known)
+        metric = settings.options.get("metric", "perplexity")
+        if metric in ESTIMATED:
+            ranked = sum(map(bool, counts))
+            return self._job(study, "search", settings, 0, ESTIMATED[metric] * ranked, 2 * ranked)
         passes = self._swept(settings, counts, known) + len(counts) + (not known)
         return self._job(study, "search", settings, sum(counts), passes, len(counts) * 2 + (not known))
-
-    def strategy(self, study: str) -> Job:
-        """A search that the paper does not have: candidates are measured at every step, or once, or estimated."""
-        settings = self.profile.beyond[study]
-        counts = candidates_by_step(self.model, settings)
-        if settings.metric in ESTIMATED:
-            steps = 1 if settings.one_shot else len(counts)
-            return self._job(study, "search", settings, 0, ESTIMATED[settings.metric] * steps, 2 * steps)
-        counts = [counts[0], *([0] * (len(counts) - 1))] if settings.one_shot else counts
-        swept = self._swept(settings, [n for n in counts if n]) + len(counts) + 1
-        return self._job(study, "search", settings, sum(counts), swept, len(counts) * 2 + 1)
 
     def certainty(self, settings: Certainty) -> Job:
         """A search with each draw of calibration data, and one sweep more that ranks all components."""
@@ -218,10 +208,10 @@ class _Pricing:
         return replace(one, passes=len(settings.draws) * sum(counts), flops=one.flops * share, bytes=one.bytes * share)
 
     def _swept(self, settings: Study | Strategy, counts: Sequence[int], known: int = 0) -> float:
-        """Passes that sweeps take, for so many candidates in each step after those known."""
+        """Passes that sweeps take, for so many candidates in each step after those known; none where there is none."""
         work = work_per_token(self.model, self.calibration.sequence_length)
         later = _share_from(self.model, settings, work)[known : known + len(counts)]
-        return sum(1 + share * n for n, share in zip(counts, later, strict=True))
+        return sum(1 + share * n for n, share in zip(counts, later, strict=True) if n)
 
     def _job(self, study: str, what: str, settings: Study | Strategy, count: int, passes: float, walks: int) -> Job:
         """count: passes of Algorithm 1; passes: those that are done; walks: how often all weights are read."""
@@ -286,6 +276,22 @@ def candidates_by_step(model: PreTrainedModel, study: Study | Strategy) -> list[
         before = sum(s.steps for s in study.stages[:number] if set(s.kinds) <= set(stage.kinds)) if shrinks else 0
         counts += [there - before - step if shrinks else there for step in range(stage.steps)]
     return counts
+
+
+def ranked_by_step(model: PreTrainedModel, study: Study | Strategy, known: int = 0) -> list[int]:
+    """How many candidates a search ranks in each step after those known: all, or if it ranks once, those that are new.
+
+    New are all when a kind first comes up, and what a removal leaves of a component that loses parts.
+    """
+    counts = candidates_by_step(model, study)
+    if not study.options.get("one_shot"):
+        return counts[known:]
+    kinds_by_step = [set(stage.kinds) for stage in study.stages for _ in range(stage.steps)]
+    new, ranked = list[int](), set[str]()
+    for count, kinds in zip(counts[known:], kinds_by_step[known:], strict=True):
+        new.append(int(bool(PARTS.keys() & kinds)) if kinds <= ranked else count)
+        ranked |= kinds
+    return new
 
 
 def _share_from(model: PreTrainedModel, study: Study | Strategy, work: Work) -> list[float]:

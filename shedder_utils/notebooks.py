@@ -82,7 +82,8 @@ def _unshown(profile: Profile, studies: Sequence[str]) -> list[str]:
 
 def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> None:
     """Compute what is left of some pruning studies."""
-    from .studies import Workbench, pruning
+    from .studies import pruning
+    from .workbench import Workbench
 
     profile, left = schedule.profile, set(schedule.left)
     for name in names:

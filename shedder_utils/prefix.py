@@ -6,12 +6,14 @@ compete in the same groups, on the same model and data, a search repeats what an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import records
 from .plan import Plan, Stage
+from .profiles import Profile
 from .records import Record, Request
+from .savings import MEASURED
 
 COUNTS = ("passes", "layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
 """What a plan's provenance counts: of a search that began with taken over removals, its own work alone."""
@@ -34,6 +36,26 @@ def shared_removals(first: Sequence[Stage], second: Sequence[Stage]) -> int:
         if one.steps != other.steps:
             break
     return shared
+
+
+def removals_before(profile: Profile, model: str, study: str, before: Iterable[str]) -> int:
+    """How many removals a study's search will take over, where the searches of those before are recorded by then.
+
+    Savings that are measured differ from search to search, so what was chosen by them is not taken over.
+    """
+    own = profile.searches[study]
+    asked = _asked(profile, model, study)
+    alike = (profile.searches[other] for other in before if _asked(profile, model, other) == asked)
+    if own.options.get("per") in MEASURED:
+        return 0
+    return max((shared_removals(own.plan_stages, other.plan_stages) for other in alike), default=0)
+
+
+def _asked(profile: Profile, model: str, study: str) -> tuple[object, ...]:
+    """What decides a study's search but its stages: its options, the kinds that it weighs, and its data."""
+    settings = profile.searches[study]
+    weighed = set(settings.kinds) if "per" in settings.options else None
+    return settings.options, weighed, profile.calibration_in(study, model)
 
 
 def taken_over(request: Request, stages: Sequence[Stage], root: Path) -> Plan | None:

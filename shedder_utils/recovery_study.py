@@ -18,8 +18,9 @@ from .plan import Plan
 from .profiles import RECOVERY, RecoveryTable
 from .records import DataFacts, Metric, Outcome, Record, Request
 from .recovery import recover
-from .studies import Workbench, dense, evaluation_inputs, pruned_scores, removal_order, scores_of
+from .studies import dense, evaluation_inputs, pruned_scores, removal_order, scores_of
 from .surgery import extract
+from .workbench import Workbench
 
 
 def recovery(bench: Workbench, table: int) -> dict[str, Record]:

@@ -5,8 +5,8 @@ of four units, whatever does not go with any component (embedding, head) staying
 
     parameters  that nothing reads any more; a block that several layers share counts for each of them
     bytes       that one decoded token moves: weights, states, keys and values
-    prefill     milliseconds of a prompt on this machine
-    decode      milliseconds of one decoded token on this machine
+    prefill     seconds of a prompt on this machine
+    decode      seconds of one decoded token on this machine
 
 `component_costs.py` makes them.
 """
@@ -45,6 +45,10 @@ class Savings(BaseModel):
     def __str__(self) -> str:
         digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
         return f"{self.unit} (savings {digest[:12]})"
+
+    def text(self, amount: float) -> str:
+        """An amount in the unit as it is shown: times in milliseconds."""
+        return f"{1e3 * amount:.3f} ms" if self.unit in MEASURED else f"{amount:,.0f}"
 
     def of(self, gone: Sequence[Cut]) -> float:
         """What the removal of components saves. Raises PlanError for one that was not weighed."""

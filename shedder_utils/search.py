@@ -14,7 +14,8 @@ C candidates, S sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class _Search:
             self.measure.prepare(model, calibration)
             self.sweep = Sweep(model, calibration, self.measure, settings.memory_gib)
             if self.plan.dense_score is None:
-                self.plan.dense_score = self.measure.score(self._full_pass([]))
+                self.plan.dense_score = self.measure.score(self._dense_pass())
                 self._save()
 
     def open_stage(self) -> int | None:
@@ -212,12 +213,20 @@ class _Search:
         return torch.stack(values)
 
     def _swept(self, gone: list[Cut], left: list[Cut]) -> Tensor:
+        with self._counting(), self._bar(len(mine(self.calibration.batches))) as bar:
+            return self.sweep.values(gone, left, bar)
+
+    def _swept_pass(self, gone: list[Cut], candidate: Cut | None, *, for_good: bool) -> Tensor:
+        with self._counting():
+            return self.sweep.full_pass(gone, candidate, for_good=for_good)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Inside, the sweep's layer runs count as the search's."""
         runs, reused = self.sweep.layer_runs, self.sweep.reused
-        with self._bar(len(mine(self.calibration.batches))) as bar:
-            values = self.sweep.values(gone, left, bar)
+        yield
         self._count("layer_runs", self.sweep.layer_runs - runs)
         self._count("layer_runs_reused", self.sweep.reused - reused)
-        return values
 
     def _choice(self, gone: list[Cut], left: list[Cut], values: Tensor) -> tuple[int, float]:
         """The place of the best candidate, the first of equals, and its score.
@@ -226,7 +235,8 @@ class _Search:
         """
         scores = values.mean(dim=1).tolist() if self.measure is None else [self.measure.score(own) for own in values]
         places = list(range(len(left)))
-        if self.measure is not None and self.settings.method == "fast":
+        swept = self.measure is not None and self.settings.method == "fast"
+        if self.measure is not None and swept:
             worst, least = (
                 [
                     self._rank(gone, cut, self.measure.tied(score, error))
@@ -236,10 +246,11 @@ class _Search:
             )
             places = [place for place in places if least[place] <= min(worst)]
             self._count("ties", len(places) - 1)
+            settled = len(places) == 1 and not self.settings.one_shot
             for place in places:
-                scores[place] = self.measure.score(self._full_pass(with_candidate(gone, left[place])))
+                scores[place] = self.measure.score(self._swept_pass(gone, left[place], for_good=settled))
         best = min(places, key=lambda place: self._rank(gone, left[place], scores[place]))
-        if self.measure is not None and not self.settings.one_shot:
+        if len(places) > 1 and swept and not self.settings.one_shot:
             self.sweep.forget(left[best])
         return best, scores[best]
 
@@ -251,6 +262,12 @@ class _Search:
         assert before is not None
         rise = math.log(score) - math.log(before) if math.isfinite(score) else math.inf
         return (*standing(rise, self.settings.per.further(gone, candidate)), score)
+
+    def _dense_pass(self) -> Tensor:
+        if self.settings.method == "plain":
+            return self._full_pass([])
+        self.sweep.prepare(candidates(self.model, self.settings.stages[0], []))
+        return self._swept_pass([], None, for_good=True)
 
     def _full_pass(self, gone: Sequence[Cut]) -> Tensor:
         assert self.measure is not None

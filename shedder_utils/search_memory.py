@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,17 +40,18 @@ class Layout:
     """Which streams a sweep holds.
 
     births: how many candidates there are at each layer; most: streams on their way at once; spacing: a stream is kept
-    before one in so many of the layers to which the next step may go back.
+    before one in so many of the layers to which the next step may go back; unpruned_spacing: likewise the unpruned one.
     """
 
     births: Mapping[int, int]
     most: int
     spacing: int
+    unpruned_spacing: int
 
     def places(self, birth: int) -> list[int]:
         """Before which layers a stream born at a layer is kept: spread evenly over those where candidates are."""
         later = [layer for layer in sorted(self.births) if layer > max(birth, 0)]
-        n = len(later) // self.spacing
+        n = len(later) // (self.unpruned_spacing if birth == UNPRUNED else self.spacing)
         return [later[len(later) * part // (n + 1)] for part in range(1, n + 1)]
 
     def kept(self) -> int:
@@ -61,15 +62,22 @@ class Layout:
 def layout(births: Mapping[int, int], batch_bytes: int, all_bytes: int, budget: float) -> Layout:
     """Share a budget out: up to half of it, as far as needed, to the streams on their way, the rest to kept ones.
 
+    Of the rest, up to a quarter goes to the unpruned stream, of which every step makes use.
     batch_bytes, all_bytes: one stream of the largest batch, and of all batches. Two streams are on their way at least.
     """
     on_their_way = min((1 + sum(births.values())) * batch_bytes, budget / 2)
-    most = max(2, int(on_their_way // batch_bytes))
-    for spacing in range(1, len(births) + 1):
-        found = Layout(births, most, spacing)
-        if found.kept() * all_bytes <= budget - on_their_way:
-            return found
-    return Layout(births, most, spacing=len(births) + 1)
+    most, left = max(2, int(on_their_way // batch_bytes)), budget - on_their_way
+    none = len(births) + 1
+    found = Layout(births, most, none, none)
+    for spacing in range(len(births), 0, -1):
+        denser = replace(found, unpruned_spacing=spacing)
+        if len(denser.places(UNPRUNED)) * all_bytes <= left / 4:
+            found = denser
+    for spacing in range(len(births), 0, -1):
+        denser = replace(found, spacing=spacing)
+        if denser.kept() * all_bytes <= left:
+            found = denser
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,136 +5,34 @@ A run that is recorded with the same inputs is not repeated; a search goes on wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from . import kernels, profiles
+from . import profiles
 from .benchmark import Timings, benchmark
-from .calibration import Calibration, calibrate
+from .calibration import Calibration
 from .components import Cut
 from .costs import Costs, costs
 from .errors import ProfileError
 from .evaluation import evaluate
-from .families import random_model
-from .files import in_project
 from .importance import perplexity
-from .inventory import describe, ratio
-from .loading import fingerprint, load_model
+from .inventory import describe
 from .plan import Plan
 from .pocket.tasks import TASKS, tasks_fingerprint
-from .pocket.tokenizer import load_tokenizer
 from .prefix import taken_over
 from .profiles import DENSE, INVENTORY, SPEED, Profile, Strategy, Study
-from .records import DataFacts, Metric, ModelFacts, Outcome, Record, Request, recorded
+from .records import DataFacts, Metric, Outcome, Record, Request
 from .removal import components, removed
-from .schedule import report_progress
 from .search import search
 from .surgery import extract
 from .weighing_study import search_options
+from .workbench import Workbench
 
 SEARCH = "search"
-
-
-class Workbench:
-    """One model of a profile with its data, and where its records go.
-
-    profile: a name, a path, or one that is read already; model: a name in it; output: the folder of the records, from
-    the project's root; force: compute again what is recorded. Raises ProfileError for a model that the profile does
-    not have.
-    """
-
-    def __init__(
-        self, profile: str | Path | Profile, model: str, output: str | Path = "runs", *, force: bool = False
-    ) -> None:
-        self.profile = profiles.load(profile)
-        if model not in self.profile.models:
-            raise ProfileError(
-                f"profile {profile}: no model {model!r}, expected one of {', '.join(self.profile.models)}"
-            )
-        self.name, self.output, self.force = model, in_project(output), force
-
-    @cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        settings = self.profile.models[self.name]
-        if settings.random is not None:
-            kernels.install()
-            tokenizer = load_tokenizer()
-            return random_model(**settings.random.model_dump(), vocab_size=len(tokenizer)), tokenizer
-        dtype = getattr(torch, self.profile.dtype) if self.profile.dtype else None
-        model, tokenizer = load_model(
-            settings.ref or self.name, device=self.profile.device, dtype=dtype, revision=settings.revision
-        )
-        if tokenizer is None:
-            raise ProfileError(f"profile {self.profile.name}: model {self.name} has no tokenizer, studies need one")
-        return model, tokenizer
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The dense model, loaded when first asked for."""
-        return self._loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        return self._loaded[1]
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """The calibration data of the profile."""
-        return calibrate(tokenizer=self.tokenizer, **self.profile.calibration_of(self.name).model_dump())
-
-    def calibration_in(self, study: str) -> Calibration:
-        """The calibration data of a study's search."""
-        wanted = self.profile.calibration_in(study, self.name)
-        if wanted == self.profile.calibration_of(self.name):
-            return self.calibration
-        return calibrate(tokenizer=self.tokenizer, **wanted.model_dump())
-
-    @cached_property
-    def prose(self) -> Calibration:
-        """The held-out prose of the profile."""
-        return calibrate(tokenizer=self.tokenizer, **self.profile.evaluation.prose.model_dump())
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.model)
-
-    def record(
-        self,
-        study: str,
-        setting: str,
-        spec: dict[str, Any],
-        data: dict[str, DataFacts],
-        gone: Sequence[Cut],
-        compute: Callable[[Request], Outcome],
-    ) -> Record:
-        """The record of one run on this model less `gone`: the one on disk if its inputs are the same."""
-        settings, dense = self.profile.models[self.name], self.model.num_parameters()
-        with removed(self.model, gone):
-            left = self.model.num_parameters()
-        model = ModelFacts(
-            name=self.name,
-            ref=settings.ref or f"random:{self.name}",
-            revision=getattr(self.model.config, "_commit_hash", None),
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            fingerprint=self._fingerprint,
-            parameters_dense=dense,
-            parameters=left,
-            ratio=ratio(self.model, gone),
-            removals=tuple(map(str, gone)),
-        )
-        request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
-        device = str(self.model.device)
-        record, computed = recorded(self.output, request, lambda: compute(request), force=self.force, device=device)
-        if computed:
-            report_progress(self.profile, self.output, record)
-        return record
 
 
 def workbenches(

@@ -5,19 +5,23 @@ variant born so far, runs each layer on all of them, many stacked in a batch, an
 as a new variant: about half the layer runs of one full pass for each candidate, and large batches. After a removal at
 layer r, all that was computed before r still holds; kept streams are where the next walk picks variants up.
 
+The unpruned stream runs by itself, so that it is bit for bit that of a full pass. The full pass that settles a removal
+starts from it, and leaves behind the unpruned stream of the next step: a step costs no pass beside its variants'.
+
 A memory budget (`search_memory.py`) bounds how many streams are on their way, and which are kept. Where more variants
 would be on their way than it allows, those under way go to the end first: that costs no layer run.
 
-The values equal those of full passes to rounding; `search` settles ties within rounding by full passes.
+The values of variants equal those of full passes to rounding; `search` settles ties within rounding by full passes.
 
 B batch, L tokens, C candidates, S sequences.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
+from .candidates import with_candidate
 from .components import Cut
 from .distributed import gathered, mine
 from .families import Stream, family_of
@@ -32,19 +37,21 @@ from .importance import Measure
 from .kernels.memory import give_back_freed_memory, room_beside_the_heap
 from .out_of_memory import once_smaller
 from .removal import removed
-from .search_memory import GIB, TOKENS_AT_ONCE, UNPRUNED, Layout, layout
+from .search_memory import GIB, TOKENS_AT_ONCE, UNPRUNED, layout
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass
 class Variant:
-    """The stream of the model without one candidate, for one calibration batch, and the layer runs that led to it."""
+    """The stream of a model for one calibration batch, and the layer runs that led to it."""
 
     stream: Stream
     runs: int = 0
 
 
-Stack = dict[Cut | None, Variant]
-"""Variants before the same layer, by the candidate that they lack; None is the model without any candidate removed."""
+Stack = dict[Cut, Variant]
+"""Variants before the same layer, by the candidate that they lack."""
 
 
 class Sweep:
@@ -58,84 +65,126 @@ class Sweep:
         self.model, self.calibration, self.measure = model, calibration, measure
         self.family = family_of(model)
         self.budget = memory_gib * GIB
-        self.layout, self.places = Layout({}, most=0, spacing=1), dict[int, set[int]]()
-        self.kept: dict[int, dict[int, Stack]] = {number: {} for number, _ in mine(calibration.batches)}
+        self.layout, self.places = layout({}, 1, 1, 0), dict[int, set[int]]()
+        self.wanted: set[Cut] = set()
+        self._forget_all()
         self.layer_runs = self.reused = 0
         self._runs = self._spared = 0
 
-    def values(self, gone: Sequence[Cut], candidates: Sequence[Cut], progress: tqdm) -> Tensor:
-        """(C, S) float64, the measure without each candidate, for a model without `gone`."""
-        at = defaultdict(list)
-        for candidate in candidates:
-            at[self._birth(candidate)].append(candidate)
-        self._arrange(at)
-        with removed(self.model, gone):
-            found = once_smaller(lambda: self._walks(at, candidates, progress), lambda: self._shrink(at))
-        values, runs, spared = zip(*gathered(found), strict=True)
-        self.layer_runs += sum(runs)
-        self.reused += sum(spared)
-        return torch.cat(values, dim=1)
-
-    def _walks(
-        self, at: dict[int, list[Cut]], candidates: Sequence[Cut], progress: tqdm
-    ) -> dict[int, tuple[Tensor, int, int]]:
-        """By batch, the values (C, B), the layer runs, and those that were spared."""
-        found = {}
-        for number, batch in mine(self.calibration.batches):
-            self._runs = self._spared = 0
-            own = self._walk(number, batch.to(self.model.device), at)
-            found[number] = torch.stack([own[candidate] for candidate in candidates]), self._runs, self._spared
-            give_back_freed_memory()
-            progress.update()
-        return found
-
-    def _shrink(self, at: dict[int, list[Cut]]) -> str:
-        """Go on with half the budget, and nothing kept."""
-        self.budget /= 2
-        self.layout, self.kept = Layout({}, most=0, spacing=1), {number: {} for number in self.kept}
-        self._arrange(at)
-        return f"a search budget of {self.budget / GIB:.2f} GiB"
-
-    def forget(self, removal: Cut) -> None:
-        """Drop what a removal made invalid: what was kept after its layer."""
-        for stacks in self.kept.values():
-            for index in [index for index in stacks if index > self._birth(removal)]:
-                del stacks[index]
-
-    def _arrange(self, at: dict[int, list[Cut]]) -> None:
-        """Share the budget out anew for more candidates than before, and drop what was kept of others."""
-        births = {layer: len(cuts) for layer, cuts in at.items()}
+    def prepare(self, candidates: Sequence[Cut]) -> None:
+        """Share the budget out for these candidates, and drop what was kept of others."""
+        self.wanted = set(candidates)
+        births = Counter(map(self._birth, candidates))
         if any(n > self.layout.births.get(layer, 0) for layer, n in births.items()):
             rows = [self.family.stream_bytes(self.model, batch.shape[1]) * len(batch) for batch in self._batches()]
             self.layout = layout(births, max(rows, default=1), sum(rows), self.budget)
             self.places = {birth: set(self.layout.places(birth)) for birth in (UNPRUNED, *births)}
-        wanted = {None, *(cut for cuts in at.values() for cut in cuts)}
-        for stacks in self.kept.values():
-            for index, stack in list(stacks.items()):
-                left = {owner: v for owner, v in stack.items() if owner in wanted and self._has_place(owner, index)}
-                del stacks[index]
-                if left:
-                    stacks[index] = stack if len(left) == len(stack) else _aside(left)
+        for number in self.kept:
+            self._keep_only_wanted(number)
+
+    def values(self, gone: Sequence[Cut], candidates: Sequence[Cut], progress: tqdm) -> Tensor:
+        """(C, S) float64, the measure without each candidate, for a model without `gone`: full passes to rounding."""
+        at = defaultdict(list)
+        for candidate in candidates:
+            at[self._birth(candidate)].append(candidate)
+        self.prepare(candidates)
+
+        def measured(number: int, ids: Tensor) -> Tensor:
+            own = self._walk(number, ids, at)
+            progress.update()
+            return torch.stack([own[candidate] for candidate in candidates])
+
+        return torch.cat(self._on_all_batches(gone, measured), dim=1)
+
+    def full_pass(self, gone: Sequence[Cut], candidate: Cut | None, *, for_good: bool) -> Tensor:
+        """(S,) float64, the measure without `gone` and a candidate, bit for bit that of `importance.full_pass`.
+
+        It starts from what is kept of the stream of the model without `gone`, before the candidate's layer.
+        for_good: the candidate is removed, and the stream of this pass is what the variants of the next step leave.
+        """
+        birth = UNPRUNED if candidate is None else self._birth(candidate)
+        without = gone if candidate is None else with_candidate(gone, candidate)
+
+        def measured(number: int, ids: Tensor) -> Tensor:
+            index, here = self._latest(number, ids, birth)
+            self._spared += here.runs
+            while index < len(self.family.layers(self.model)):
+                here = self._alone(index, here)
+                index += 1
+                if for_good and index > birth:
+                    self._keep_unpruned(number, index, here)
+            return self._measured(number, here, ids)
+
+        if for_good:
+            self._forget_after(birth)
+        return torch.cat(self._on_all_batches(without, measured))
+
+    def forget(self, removal: Cut) -> None:
+        """Drop what a removal made invalid: what was kept after its layer."""
+        self._forget_after(self._birth(removal))
+
+    def _forget_after(self, layer: int) -> None:
+        for number in self.kept:
+            for index in range(layer + 1, len(self.family.layers(self.model))):
+                self.kept[number].pop(index, None)
+                self.unpruned[number].pop(index, None)
+
+    def _forget_all(self) -> None:
+        self.kept: dict[int, dict[int, Stack]] = {number: {} for number, _ in mine(self.calibration.batches)}
+        self.unpruned: dict[int, dict[int, Variant]] = {number: {} for number in self.kept}
+
+    def _on_all_batches(self, gone: Sequence[Cut], compute: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """What is computed for each calibration batch by the model without `gone`, in their order."""
+
+        def on_mine() -> dict[int, tuple[Tensor, int, int]]:
+            found = {}
+            for number, batch in mine(self.calibration.batches):
+                self._runs = self._spared = 0
+                found[number] = compute(number, batch.to(self.model.device)), self._runs, self._spared
+                give_back_freed_memory()
+            return found
+
+        with removed(self.model, gone):
+            found = gathered(once_smaller(on_mine, self._shrink))
+        self.layer_runs += sum(runs for _, runs, _ in found)
+        self.reused += sum(spared for _, _, spared in found)
+        return [values for values, _, _ in found]
+
+    def _shrink(self) -> str:
+        """Go on with half the budget, and nothing kept."""
+        self.budget /= 2
+        self.layout = layout({}, 1, 1, 0)
+        self._forget_all()
+        self.prepare(list(self.wanted))
+        return f"a search budget of {self.budget / GIB:.2f} GiB"
+
+    def _keep_only_wanted(self, number: int) -> None:
+        """Drop what is kept of candidates that are none any more, or has no place any more."""
+        for index, stack in list(self.kept[number].items()):
+            left = {cut: v for cut, v in stack.items() if cut in self.wanted and self._has_place(cut, index)}
+            del self.kept[number][index]
+            if left:
+                self.kept[number][index] = stack if len(left) == len(stack) else _aside(left)
+        for index in [index for index in self.unpruned[number] if index not in self.places[UNPRUNED]]:
+            del self.unpruned[number][index]
 
     def _walk(self, number: int, ids: Tensor, at: dict[int, list[Cut]]) -> dict[Cut, Tensor]:
         """The values (B,) of every candidate on one batch."""
-        joins, births = self._starts(number, ids, at)
+        joins, births = self._starts(number, at)
+        unpruned = self._unpruned_before(sorted(births), number, ids)
         stack: Stack = {}
         found: dict[Cut, Tensor] = {}
-        for index in range(min(joins), len(self.family.layers(self.model))):
+        for index in range(min((*joins, *births)), len(self.family.layers(self.model))):
             stack |= joins.get(index, {})
             here = births.get(index, [])
-            while len(stack) > 1 and len(stack) + len(here) > self.layout.most:
-                first = [owner for owner in stack if owner is not None][: self.layout.most]
-                found |= self._to_the_end(number, index, {owner: stack.pop(owner) for owner in first}, ids)
-            stack = self._past(number, index, stack, here)
-            if index == max(births, default=UNPRUNED):
-                del stack[None]  # nothing is born any more, so the unpruned stream has done its work
-        return found | self._measured(number, stack, ids)
+            while stack and 1 + len(stack) + len(here) > self.layout.most:
+                first = list(stack)[: self.layout.most]
+                found |= self._to_the_end(number, index, {cut: stack.pop(cut) for cut in first}, ids)
+            born = self._born(index, here, next(unpruned).stream) if here else {}
+            stack = self._past(number, index, stack) | born
+        return found | self._all_measured(number, stack, ids)
 
-    def _starts(
-        self, number: int, ids: Tensor, at: dict[int, list[Cut]]
-    ) -> tuple[dict[int, Stack], dict[int, list[Cut]]]:
+    def _starts(self, number: int, at: dict[int, list[Cut]]) -> tuple[dict[int, Stack], dict[int, list[Cut]]]:
         """Kept variants by the layer where they join the walk, and the candidates that are still to be born."""
         kept = self.kept[number]
         joins: dict[int, Stack] = defaultdict(dict)
@@ -147,66 +196,90 @@ class Sweep:
                     births[layer].append(cut)
                 else:
                     joins[latest][cut] = kept[latest][cut]
-        if births:
-            usable = (index for index, stack in kept.items() if None in stack and index <= min(births))
-            latest = max(usable, default=0)
-            joins[latest][None] = kept[latest][None] if latest else Variant(self.family.start(self.model, ids))
-        self._spared += sum(variant.runs for stack in joins.values() for variant in stack.values())
+                    self._spared += kept[latest][cut].runs
         return joins, births
+
+    def _unpruned_before(self, layers: Sequence[int], number: int, ids: Tensor) -> Iterator[Variant]:
+        """The unpruned stream before some layers, in turn, from what is kept of it."""
+        index, here = 0, None
+        for layer in layers:
+            latest, kept = self._latest(number, ids, layer)
+            if here is None or latest > index:
+                self._spared += kept.runs - (0 if here is None else here.runs)
+                index, here = latest, kept
+            while index < layer:
+                index, here = index + 1, self._alone(index, here)
+                self._keep_unpruned(number, index, here)
+            yield here
+
+    def _latest(self, number: int, ids: Tensor, layer: int) -> tuple[int, Variant]:
+        """The last layer up to this one before which the unpruned stream is kept, with it; its start if none is."""
+        kept = self.unpruned[number]
+        index = max((index for index in kept if index <= layer), default=0)
+        return index, kept[index] if index in kept else Variant(self.family.start(self.model, ids))
+
+    def _alone(self, index: int, here: Variant) -> Variant:
+        """The stream of one model after a layer: not stacked with others, it is bit for bit that of a full pass."""
+        layer = self.family.layers(self.model)[index]
+        cost = layer_cost(layer) * len(here.stream["hidden"])
+        self._runs += cost
+        return Variant(self.family.step(self.model, layer, here.stream), here.runs + cost)
+
+    def _keep_unpruned(self, number: int, index: int, here: Variant) -> None:
+        if index in self.places[UNPRUNED]:
+            self.unpruned[number][index] = _aside({UNPRUNED: here})[UNPRUNED]
 
     def _to_the_end(self, number: int, index: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
         """The values of variants before a layer, among which nothing is born any more."""
         for later in range(index, len(self.family.layers(self.model))):
-            stack = self._past(number, later, stack, [])
-        return self._measured(number, stack, ids)
+            stack = self._past(number, later, stack)
+        return self._all_measured(number, stack, ids)
 
-    def _measured(self, number: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
-        """The values of variants after the last layer."""
-        found = {}
-        for owner, variant in stack.items():
-            assert owner is not None
-            states = self.family.finish(self.model, variant.stream)
-            found[owner] = self.measure.values(self.model, states, ids, number).cpu()
-        return found
+    def _all_measured(self, number: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
+        return {cut: self._measured(number, variant, ids) for cut, variant in stack.items()}
 
-    def _past(self, number: int, index: int, stack: Stack, here: list[Cut]) -> Stack:
-        """Variants after a layer, with those born there; some are kept as they are before it."""
-        self._keep(number, index, stack)
+    def _measured(self, number: int, variant: Variant, ids: Tensor) -> Tensor:
+        """The values (B,) of a stream after the last layer."""
+        return self.measure.values(self.model, self.family.finish(self.model, variant.stream), ids, number).cpu()
+
+    def _born(self, index: int, cuts: Sequence[Cut], unpruned: Stream) -> Stack:
+        """The variants that depart from the unpruned stream in a layer, after it."""
         born: Stack = {}
-        for cut in here:
+        for cut in cuts:
             with removed(self.model, [cut]):
-                born |= self._step(index, {cut: Variant(stack[None].stream)})
-        return self._step(index, stack) | born
+                born |= self._step(index, {cut: Variant(unpruned)})
+        return born
+
+    def _past(self, number: int, index: int, stack: Stack) -> Stack:
+        """Variants after a layer; some are kept as they are before it."""
+        there = self.kept[number].get(index, {})
+        new = {cut: v for cut, v in stack.items() if cut not in there and self._has_place(cut, index)}
+        if new:
+            self.kept[number][index] = there | _aside(new)
+        return self._step(index, stack)
 
     def _step(self, index: int, stack: Stack) -> Stack:
         """Variants after a layer, which runs on some at a time, so that what it needs is bounded. Empties `stack`."""
         layer = self.family.layers(self.model)[index]
         after: Stack = {}
         for group in _groups(stack):
-            before = [stack.pop(owner) for owner in group]
+            before = [stack.pop(cut) for cut in group]
             rows, runs = len(before[0].stream["hidden"]), [variant.runs for variant in before]
             joined = _joined(before) if len(before) > 1 else before[0].stream
             del before
             stream = self.family.step(self.model, layer, joined)
             cost = layer_cost(layer) * rows
             self._runs += cost * len(group)
-            for place, owner in enumerate(group):
-                after[owner] = Variant(_rows(stream, place * rows, rows), runs[place] + cost)
+            for place, cut in enumerate(group):
+                after[cut] = Variant(_rows(stream, place * rows, rows), runs[place] + cost)
         return after
 
-    def _keep(self, number: int, index: int, stack: Stack) -> None:
-        """Keep those variants that have a place before this layer, and are not kept there yet."""
-        there = self.kept[number].get(index, {})
-        new = {owner: v for owner, v in stack.items() if owner not in there and self._has_place(owner, index)}
-        if new:
-            self.kept[number][index] = there | _aside(new)
+    def _has_place(self, cut: Cut, index: int) -> bool:
+        return index in self.places[self._birth(cut)]
 
-    def _has_place(self, owner: Cut | None, index: int) -> bool:
-        return index in self.places[self._birth(owner)]
-
-    def _birth(self, owner: Cut | None) -> int:
+    def _birth(self, cut: Cut) -> int:
         """The layer at which a variant departs from the unpruned stream."""
-        return UNPRUNED if owner is None else self.family.layer_of(self.model, owner.component)
+        return self.family.layer_of(self.model, cut.component)
 
     def _batches(self) -> list[Tensor]:
         return [batch for _, batch in mine(self.calibration.batches)]
@@ -217,13 +290,13 @@ def layer_cost(layer: torch.nn.Module) -> int:
     return int(any(True for _ in layer.parameters()))
 
 
-def _groups(stack: Stack) -> Iterator[list[Cut | None]]:
-    """The owners of as many variants at a time as a layer takes."""
-    owners = list(stack)
+def _groups(stack: Stack) -> Iterator[list[Cut]]:
+    """As many variants at a time as a layer takes."""
+    variants = list(stack)
     rows, length = next(iter(stack.values())).stream["hidden"].shape[:2] if stack else (1, 1)
     at_once = max(1, TOKENS_AT_ONCE // (rows * length))
-    for first in range(0, len(owners), at_once):
-        yield owners[first : first + at_once]
+    for first in range(0, len(variants), at_once):
+        yield variants[first : first + at_once]
 
 
 def _joined(variants: Sequence[Variant]) -> Stream:
@@ -241,7 +314,7 @@ def _rows(stream: Stream, begin: int, rows: int) -> Stream:
     return {name: tensor[begin : begin + rows] for name, tensor in stream.items()}
 
 
-def _aside(stack: Stack) -> Stack:
+def _aside(stack: dict[T, Variant]) -> dict[T, Variant]:
     """A copy of variants in memory that the work on layers, which takes and frees much, does not scatter."""
     streams = [variant.stream for variant in stack.values()]
     rows, kept = len(streams[0]["hidden"]), {}
@@ -249,6 +322,6 @@ def _aside(stack: Stack) -> Stack:
         room = room_beside_the_heap(streams[0][name], rows * len(streams))
         kept[name] = torch.cat([stream[name] for stream in streams], out=room)
     return {
-        owner: Variant(_rows(kept, place * rows, rows), variant.runs)
-        for place, (owner, variant) in enumerate(stack.items())
+        cut: Variant(_rows(kept, place * rows, rows), variant.runs)
+        for place, (cut, variant) in enumerate(stack.items())
     }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .component_costs import savings
 from .components import PARTS, Component
 from .families import family_of
-from .records import Metric, Outcome, Request
+from .records import Metric, Outcome, Record, Request
 from .savings import MEASURED, Savings
-
-if TYPE_CHECKING:
-    from .studies import Workbench
+from .workbench import Workbench
 
 SAVINGS = "savings"
 WHOLE = "model"
@@ -34,15 +32,14 @@ def recorded_savings(bench: Workbench, study: str) -> Savings:
     def compute(_: Request) -> Outcome:
         found = savings(bench.model, settings.kinds, [unit], **timing)[unit]
         values = {WHOLE: found.whole, **found.each}
-        return Outcome(metrics={_name(unit, part): Metric(value=_stored(unit, v)) for part, v in values.items()})
+        return Outcome(metrics={_name(unit, part): Metric(value=value) for part, value in values.items()})
 
-    record = bench.record(study, SAVINGS, spec, {}, [], compute)
-    return _read(bench, unit, {name: metric.value for name, metric in record.metrics.items()})
+    return _read(bench, unit, bench.record(study, SAVINGS, spec, {}, [], compute))
 
 
-def _read(bench: Workbench, unit: str, values: dict[str, float]) -> Savings:
-    """The savings that a record's metrics hold."""
-    found = {name.split("/")[1]: value * (1e3 if unit in MEASURED else 1) for name, value in values.items()}
+def _read(bench: Workbench, unit: str, record: Record) -> Savings:
+    """The savings that a record holds."""
+    found = {name.split("/")[1]: metric.value for name, metric in record.metrics.items()}
     whole = found.pop(WHOLE)
     kinds = dict.fromkeys(Component.parse(name).kind for name in found)
     parts = {kind: family_of(bench.model).channels(bench.model, kind) for kind in kinds if kind in PARTS}
@@ -51,11 +48,6 @@ def _read(bench: Workbench, unit: str, values: dict[str, float]) -> Savings:
 
 def _name(unit: str, part: str) -> str:
     return f"{unit}/{part}/seconds" if unit in MEASURED else f"{unit}/{part}"
-
-
-def _stored(unit: str, value: float) -> float:
-    """As a record keeps it: times in seconds."""
-    return value / 1e3 if unit in MEASURED else value
 
 
 def search_options(bench: Workbench, study: str) -> dict[str, Any]:

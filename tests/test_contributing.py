@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import shedder_utils as shedder
 from shedder_utils import Component, kernels, profiles, removed, studies
 from shedder_utils.families import FAMILIES, family_of
+from shedder_utils.workbench import Workbench
 
 LAST = {"mamba_block": "mamba.out_proj", "mlp": "feed_forward.down_proj"}
 """The projection that each kind's branch ends with."""
@@ -107,5 +108,5 @@ def test_the_added_study_runs(tmp_path: Path) -> None:
     profile["studies"] |= added
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(profile, sort_keys=False))
-    plan = studies.removal_order(studies.Workbench(file, "smoke-mamba2", tmp_path / "runs"), *added)
+    plan = studies.removal_order(Workbench(file, "smoke-mamba2", tmp_path / "runs"), *added)
     assert [component.kind for component in plan.components] == ["mamba_block", "ssm"]

@@ -39,7 +39,8 @@ from shedder_utils import (
 )
 from shedder_utils.loading import fingerprint
 from shedder_utils.public_texts import public_texts
-from shedder_utils.studies import Workbench, pruning
+from shedder_utils.studies import pruning
+from shedder_utils.workbench import Workbench
 
 FORMATS = {
     "state-spaces/mamba-2.8b": ("mamba", 64, {}),

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from shedder_utils import Plan, Stage, profiles, records
-from shedder_utils.prefix import shared_removals, taken_over
+from shedder_utils.prefix import removals_before, shared_removals, taken_over
+from shedder_utils.profiles import Strategy
 from shedder_utils.records import Record, Request
-from shedder_utils.studies import Workbench, removal_order
+from shedder_utils.studies import removal_order
+from shedder_utils.workbench import Workbench
 
 MODEL = "smoke-mamba2"
 STUDIES = {
@@ -96,6 +98,45 @@ def test_nothing_is_taken_from_a_search_with_other_settings(output: Path) -> Non
     ):
         assert taken_over(other, stages, output) is None
     assert taken_over(request, [Stage("mamba_block", 2)], output) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({}, 2),
+        ({"samples": 4}, 2),
+        ({"samples": 5}, 0),
+        ({"metric": "kl"}, 0),
+        ({"one_shot": True}, 0),
+        ({"per": "bytes"}, 0),
+    ],
+)
+def test_what_will_be_taken_over_follows_from_the_settings(profile: Path, asked: dict[str, Any], taken: int) -> None:
+    settings = profiles.load(profile)
+    strategies = {
+        name: Strategy(stages=STUDIES["second"][:steps], rows={MODEL: ()}, **asked)
+        for name, steps in (("shorter", 1), ("longer", 2))
+    }
+    settings = settings.model_copy(update={"beyond": strategies})
+    assert removals_before(settings, MODEL, "shorter", ["unlike", "first"]) == taken
+    assert removals_before(settings, MODEL, "longer", []) == 0
+    assert removals_before(settings, MODEL, "longer", ["unlike", "shorter"]) == 2
+
+
+def test_what_was_weighed_by_time_or_beside_other_kinds_is_not_taken_over(profile: Path) -> None:
+    stages = STUDIES["second"]
+    strategies = {
+        f"{per}_{steps}": Strategy(per=per, stages=stages[:1] * steps, rows={MODEL: ()})
+        for per in ("bytes", "decode")
+        for steps in (1, 2)
+    }
+    strategies["other_kinds"] = Strategy(
+        per="bytes", stages=[*stages[:1], {"kinds": ["heads"], "steps": 1, "group": 2}], rows={MODEL: ()}
+    )
+    settings = profiles.load(profile).model_copy(update={"beyond": strategies})
+    assert removals_before(settings, MODEL, "bytes_2", ["bytes_1"]) == 2
+    assert removals_before(settings, MODEL, "decode_2", ["decode_1"]) == 0
+    assert removals_before(settings, MODEL, "other_kinds", ["bytes_1", "bytes_2"]) == 0
 
 
 @pytest.mark.parametrize(

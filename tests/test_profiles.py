@@ -23,7 +23,10 @@ def test_shipped_profile_fits_the_paper(name):
     assert [column.column for column in profile.evaluation.tasks] == paper.columns()[:-1]
     metrics = {column.column: column.metric for column in profile.evaluation.tasks}
     assert metrics == {"ppl": "perplexity", **paper.column_metrics()}
-    assert profile.evaluation.accuracies == list(paper.column_metrics())
+    for model, settings in profile.models.items():
+        seven = list(paper.column_metrics())
+        five = [column for column in seven if column not in ("lambada_openai", "openbookqa")]
+        assert profile.accuracies_of(model) == (five if settings.paper == "hymba-1.5b" else seven)
     for settings in profile.studies.values():
         for model, rows in settings.rows.items():
             for n_removed, stands_for in rows.items():

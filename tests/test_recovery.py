@@ -50,7 +50,7 @@ from shedder_utils.instructions import IGNORED, Example, collate, instructions, 
 from shedder_utils.plan import Stage
 from shedder_utils.recipe import Recipe
 from shedder_utils.records import Metric
-from shedder_utils.studies import Workbench
+from shedder_utils.workbench import Workbench
 
 NOUNS = ("lamp", "brush", "axe", "needle", "ladder", "boat", "coat", "key", "drum", "rope")
 ROWS = [
@@ -440,6 +440,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from shedder_utils import recovery_study, studies, tuning
+from shedder_utils.workbench import Workbench
 torch.set_num_threads(1)
 loss, left = tuning.Tuning.compute_loss, 4
 def die(*arguments, **options):
@@ -451,7 +452,7 @@ def die(*arguments, **options):
 tuning.Tuning.compute_loss = die
 from test_recovery import scores
 studies.scores_of = recovery_study.scores_of = scores
-recovery_study.recovery(studies.Workbench("smoke", "smoke-mamba2", sys.argv[1]), 10)
+recovery_study.recovery(Workbench("smoke", "smoke-mamba2", sys.argv[1]), 10)
 """
 
 

@@ -218,6 +218,6 @@ def test_a_notebook_is_fresh_only_for_the_same_profile_and_parameters(run, world
     assert not freshness.is_fresh(target, made)
     freshness.mark(target, made)
     assert freshness.is_fresh(target, made)
-    more = profile.model_copy(update={"search_gib": 2.0})
+    more = profile.model_copy(update={"search_gib": 0.5})
     assert not freshness.is_fresh(target, freshness.made_from(file, more, {"models": ""}))
     assert not freshness.is_fresh(target, freshness.made_from(file, profile, {"models": "pocket-mamba"}))

@@ -43,8 +43,9 @@ def allocated(work: Callable[[], object]) -> int:
 
 def kept_bytes(sweep: Sweep) -> int:
     """What a sweep has kept, which lies beside the heap and so is not counted as allocated."""
-    stacks = [stack for by_layer in sweep.kept.values() for stack in by_layer.values()]
-    return sum(t.nbytes for stack in stacks for variant in stack.values() for t in variant.stream.values())
+    variants = [v for by_layer in sweep.kept.values() for stack in by_layer.values() for v in stack.values()]
+    unpruned = [v for by_layer in sweep.unpruned.values() for v in by_layer.values()]
+    return sum(t.nbytes for v in variants + unpruned for t in v.stream.values())
 
 
 @pytest.mark.parametrize(
@@ -82,19 +83,26 @@ def test_a_layout_stays_within_its_budget(budget: int) -> None:
     births = {layer: 1 + layer % 2 for layer in range(1, 12)}
     found = layout(births, batch_bytes=2, all_bytes=6, budget=budget)
     assert found.kept() * 6 + found.most * 2 <= max(budget, 4)
-    everything = 2 * (1 + sum(births.values())) + 6 * Layout(births, 99, 1).kept()
+    everything = 2 * (1 + sum(births.values())) + 6 * Layout(births, 99, 1, 1).kept()
     if budget >= everything:
-        assert found.spacing == 1
+        assert found.spacing == found.unpruned_spacing == 1
         assert found.most == 1 + sum(births.values())
 
 
 def test_places_are_where_the_next_step_may_go_back_to() -> None:
     births = {2: 1, 5: 1, 7: 1, 8: 2}
-    assert Layout(births, 2, 1).places(UNPRUNED) == [2, 5, 7, 8]
-    assert Layout(births, 2, 1).places(5) == [7, 8]
-    assert Layout(births, 2, 2).places(2) == [7]
-    assert Layout(births, 2, 5).places(UNPRUNED) == []
-    assert Layout(births, 2, 1).kept() == 4 + 3 + 2 + 1 + 0
+    assert Layout(births, 2, 2, 1).places(UNPRUNED) == [2, 5, 7, 8]
+    assert Layout(births, 2, 1, 2).places(5) == [7, 8]
+    assert Layout(births, 2, 2, 1).places(2) == [7]
+    assert Layout(births, 2, 1, 5).places(UNPRUNED) == []
+    assert Layout(births, 2, 1, 1).kept() == 4 + 3 + 2 + 1 + 0
+
+
+def test_the_unpruned_stream_is_kept_before_others() -> None:
+    births = dict.fromkeys(range(12), 1)
+    found = layout(births, batch_bytes=1, all_bytes=10, budget=13 + 4 * 11 * 10)
+    assert found.places(UNPRUNED) == list(range(1, 12))
+    assert found.spacing > 1
 
 
 def test_what_is_kept_spares_just_the_layer_runs_that_are_counted() -> None:

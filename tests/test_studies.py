@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from shedder_utils import ProfileError, RecordError, records, studies
-from shedder_utils.studies import Workbench
+from shedder_utils.workbench import Workbench
 
 KILLED = """
 import os, signal, sys
 import torch
 from shedder_utils import records, studies
+from shedder_utils.workbench import Workbench
 torch.set_num_threads(1)
 write, left = records.write, int(sys.argv[2])
 def write_and_die(root, record):
@@ -27,7 +28,7 @@ def write_and_die(root, record):
         os.kill(os.getpid(), signal.SIGKILL)
     return path
 records.write = write_and_die
-studies.pruning(studies.Workbench("smoke", "smoke-mamba2", sys.argv[1]), "ssm_pruning")
+studies.pruning(Workbench("smoke", "smoke-mamba2", sys.argv[1]), "ssm_pruning")
 """
 
 

@@ -12,10 +12,11 @@ from world import AS_IN_THE_PAPER, BLOCKS_1, OTHER_WAY_ROUND, RISES_AS_IN_THE_PA
 from shedder_utils import manifest, profiles, records, report
 from shedder_utils.__main__ import app
 from shedder_utils.plan import Plan
-from shedder_utils.profiles import Profile
+from shedder_utils.profiles import Profile, Strategy
 from shedder_utils.records import Metric, Record
 from shedder_utils.report import comparison
 from shedder_utils.report.verify import Finding, verify
+from shedder_utils.savings import Savings
 
 SEARCH = (*BLOCKS_1, "search")
 
@@ -190,9 +191,9 @@ def test_a_broken_record_of_yours_is_found(project, yours):
     assert [finding.where.endswith("block_pruning/pocket-mamba/search.json") for finding in found] == [True]
 
 
-def swapped(world: World, **provenance: object) -> dict:
+def swapped(world: World, place: tuple[str, str, str] = SEARCH, **provenance: object) -> dict:
     """The plan of a search whose second and third removals changed places, with scores that hardly differ."""
-    plan = Plan.model_validate(records.read(records.path(world.root, "small", *SEARCH)).plan)
+    plan = Plan.model_validate(records.read(records.path(world.root, "small", *place)).plan)
     second, third = plan.removals[1], plan.removals[2]
     plan.removals[1] = third.model_copy(update={"score": second.score * (1 + 1e-6)})
     plan.removals[2] = second.model_copy(update={"score": third.score})
@@ -225,6 +226,63 @@ def test_another_order_from_other_weights_is_no_failure(project, yours):
     assert not fatal(found)
     order = next(finding for finding in found if "removal 2" in finding.what)
     assert f"first input that differs: model fingerprint: {'a' * 12}... here, {'f' * 12}... recorded" in order.what
+
+
+JOINT = ("joint_decode", "pocket-mamba", "search")
+
+
+def chosen_by(unit: str, milliseconds: float) -> dict:
+    """The settings of a search that chooses by what SSMs save, each so much."""
+    savings = Savings(unit=unit, whole=9.0, each={f"ssm:{index}": milliseconds for index in range(24)})
+    return {"stages": [], "per": savings.model_dump()}
+
+
+@pytest.fixture
+def joint(project: tuple[Profile, Path], yours: World) -> Profile:
+    """The profile with a search by the savings of time, recorded and yours alike."""
+    profile, base = project
+    strategy = Strategy(per="decode", stages=({"kinds": ["ssm"], "steps": 3},), rows={"pocket-mamba": (3,)})
+    profile = profile.model_copy(update={"beyond": {"joint_decode": strategy}})
+    for root in (base / "results", yours.root):
+        world = World(root, profile)
+        world.store(*JOINT, plan=world.plan(*JOINT[:2]))
+        replaced(world, JOINT, spec=chosen_by("decode", 0.3))
+    manifest.write(base)
+    return profile
+
+
+@pytest.mark.parametrize(
+    ("cpu", "reason"),
+    [
+        ("Another CPU", "on another machine: Another CPU, cpu here, Some CPU, cpu recorded"),
+        ("Some CPU", "on Some CPU, cpu at another time"),
+    ],
+)
+def test_an_order_chosen_by_times_may_differ_where_they_were_measured_anew(joint, project, yours, cpu, reason):
+    run = records.read(records.path(yours.root, "small", *JOINT))
+    environment = run.environment.model_copy(update={"cpu": cpu})
+    plan = swapped(yours, JOINT, ties=0)
+    replaced(yours, JOINT, plan=plan, spec=chosen_by("decode", 0.2), environment=environment)
+    found = verify(joint, yours.root, project[1])
+    assert not fatal(found)
+    order = next(finding for finding in found if finding.level == "differs")
+    assert order.where == "small/joint_decode/pocket-mamba/search.json"
+    what = "removal 2 is ssm:21 here, ssm:22 recorded"
+    assert order.what.startswith(f"{what}; first input that differs: savings in decode time were measured {reason}")
+
+
+def test_an_order_chosen_by_the_same_times_may_not_differ(joint, project, yours):
+    replaced(yours, JOINT, plan=swapped(yours, JOINT, ties=0))
+    (order,) = fatal(verify(joint, yours.root, project[1]))
+    assert order.where == "small/joint_decode/pocket-mamba/search.json"
+
+
+def test_savings_that_are_counted_are_settings(yours):
+    run = records.read(records.path(yours.root, "small", *SEARCH))
+    ours, theirs = (run.model_copy(update={"spec": chosen_by("bytes", each)}) for each in (0.2, 0.3))
+    assert next(comparison.inputs(ours, theirs)) == "setting per.each.ssm:0: 0.2 here, 0.3 recorded"
+    timed = run.model_copy(update={"spec": chosen_by("decode", 0.3)})
+    assert next(comparison.inputs(timed, theirs)).startswith("setting per.unit: decode here, bytes recorded")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,12 @@ def column_metrics() -> dict[str, str]:
     return dict(_content()["tasks"]["metric_seven"])
 
 
+def accuracies(model: str) -> list[str]:
+    """The accuracies whose mean is the average in the tables of a model: five for Hymba (table 4), seven for others."""
+    row = next(row for table in range(1, 6) for row in rows(table) if row.labels["model"] == model)
+    return [column for column in row.values if column not in ("ppl", "average")]
+
+
 def hyperparameters() -> dict[str, Any]:
     """Table 13 and the settings of the released scripts."""
     return deepcopy(_content()["hyperparameters"])

@@ -6,6 +6,7 @@ unknown one is refused.
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -108,11 +109,6 @@ class EvaluationSettings(_Settings):
         """Each lm-eval task once, in order."""
         return list(dict.fromkeys(column.task for column in self.tasks))
 
-    @property
-    def accuracies(self) -> list[str]:
-        """The columns that the paper's average is the mean of: all but the perplexity."""
-        return [column.column for column in self.tasks if column.metric != "perplexity"]
-
 
 class SpeedTable(_Settings):
     """One of tables 6 to 9, or one beside them: a model less some of a study's removals, timed against the dense one.
@@ -214,6 +210,15 @@ class Profile(_Settings):
         """The lm-eval metric that fills a column for a model."""
         own = self.models[model].accuracy if model in self.models else None
         return own if own and column.metric != "perplexity" else column.metric
+
+    def accuracies_of(self, model: str) -> list[str]:
+        """The columns whose mean is the average of a model: those of the paper's tables of the one it stands for."""
+        return paper.accuracies(self.models[model].paper)
+
+    def chance_of(self, model: str) -> float:
+        """The average of guessing, as a fraction, over the same columns."""
+        averaged = self.accuracies_of(model)
+        return fmean(column.chance for column in self.evaluation.tasks if column.column in averaged)
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":

@@ -48,6 +48,11 @@ class _Search(Settings):
         """The kinds of all stages, in order."""
         return tuple(dict.fromkeys(kind for stage in self.stages for kind in stage.kinds))
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it asks of `search` beside its stages, where that differs from the paper's."""
+        return {}
+
     def _check_rows(self, rows: Mapping[str, Collection[int]]) -> None:
         for model, numbers in rows.items():
             if list(numbers) != sorted(numbers) or max(numbers, default=0) > self.steps:
@@ -86,7 +91,7 @@ class Strategy(_Search):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it asks of `search`, where that differs from the paper's."""
+        """As of every search: its metric, whether it ranks once, and what it weighs losses against."""
         given = {"metric": self.metric, "one_shot": self.one_shot, "per": self.per}
         return {name: value for name, value in given.items() if value != type(self).model_fields[name].default}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..plan import Plan
 from ..records import Metric, Record
+from ..savings import MEASURED
 from .runs import error_of
 
 ROUNDING = {"float32": 2e-5, "float64": 2e-12}
@@ -24,7 +25,8 @@ def inputs(yours: Record, recorded: Record) -> Iterator[str]:
     """What differs in what the two were made from, causes first: model, settings, data, removals, versions, machine."""
     for part in ("fingerprint", "dtype", "revision"):
         yield from _differ(f"model {part}", getattr(yours.model, part), getattr(recorded.model, part))
-    yield from _settings("setting ", yours.spec, recorded.spec)
+    yield from _settings("setting ", *map(_without_times, (yours.spec, recorded.spec)))
+    yield from _times(yours, recorded)
     for role in sorted({*yours.data, *recorded.data}):
         ours, theirs = (record.data[role].fingerprint if role in record.data else None for record in (yours, recorded))
         yield from _differ(f"data fingerprint of {role}", ours, theirs)
@@ -54,6 +56,24 @@ def _settings(prefix: str, ours: Any, theirs: Any) -> Iterator[str]:
             yield from _settings(f"{prefix}{separator}{key}", ours.get(key), theirs.get(key))
     else:
         yield from _differ(prefix, ours, theirs)
+
+
+def _without_times(spec: dict[str, Any]) -> dict[str, Any]:
+    """Settings less the savings that a search was given, where these were measured: nobody sets them."""
+    return {**spec, "per": {"unit": spec["per"]["unit"]}} if _weighs_times(spec) else spec
+
+
+def _weighs_times(spec: dict[str, Any]) -> bool:
+    return "per" in spec and spec["per"]["unit"] in MEASURED
+
+
+def _times(yours: Record, recorded: Record) -> Iterator[str]:
+    """That two searches chose by other times, each by those of its machine: so either may be right."""
+    both_timed = _weighs_times(yours.spec) and _weighs_times(recorded.spec)
+    if both_timed and yours.spec["per"] != recorded.spec["per"]:
+        ours, theirs = (f"{one.environment.cpu}, {one.environment.device}" for one in (yours, recorded))
+        where = f"another machine: {ours} here, {theirs} recorded" if ours != theirs else f"{ours} at another time"
+        yield f"savings in {yours.spec['per']['unit']} time were measured on {where}"
 
 
 def numbers(yours: Record, recorded: Record) -> Iterator[str]:

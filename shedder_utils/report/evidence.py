@@ -180,10 +180,8 @@ def untrained(profile: Profile, compared: Iterable[str]) -> str | None:
 
 def weak(profile: Profile, dense: dict[str, dict[str, Metric]]) -> str | None:
     """Which dense models do not answer clearly better than by guessing."""
-    guesses = [100 * column.chance for column in profile.evaluation.tasks if column.metric != "perplexity"]
-    chance = math.fsum(guesses) / len(guesses)
     for model, scores in dense.items():
-        average = scores.get("average")
+        average, chance = scores.get("average"), 100 * profile.chance_of(model)
         if average is None or not average.value - Z95 * error_of(average) > chance + CLEARLY:
             found = "unknown" if average is None else f"{average.value:.1f} ± {error_of(average):.1f}"
             return f"{model} is not clearly above chance: dense average {found}, chance {chance:.1f}."

@@ -110,7 +110,8 @@ def _judge(runs: Runs, name: str, text: str, tests: Sequence[Test]) -> Verdict:
     states = [state for *_, pairs in tests for pair in pairs for state in pair]
     if not states or not all(pairs for *_, pairs in tests):
         return Verdict(name, text, "not run", "The profile has no model or no study for it.")
-    missing = [state for state in states if not {"average", "ppl"} <= state.scores.keys()]
+    compared = {"average", *(column for column, *_ in tests)}
+    missing = [state for state in states if not compared <= state.scores.keys()]
     numbers = tuple(number for test in tests for number in _advantages(*test))
     if missing:
         what = f"{missing[0].model} with {missing[0].n_removed} removed ({missing[0].target})"

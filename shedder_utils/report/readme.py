@@ -44,19 +44,17 @@ def claims(profile: str, recorded: str | Path) -> str:
 
 
 def models(profile: str, recorded: str | Path) -> str:
-    """The small models: size, and what they know before anything is removed."""
+    """The small models: size, and what they know before anything is removed, beside what guessing gives."""
     runs = Runs(profiles.load(profile), recorded)
-    guesses = [column.chance for column in runs.profile.evaluation.tasks if column.metric != "perplexity"]
     rows = []
     for name, settings in runs.profile.models.items():
         record, average = runs.at("dense", name, "scores"), runs.dense(name).get("average")
-        if record is None or average is None:
-            rows.append((f"`{name}`", settings.paper, DASH, DASH))
-            continue
-        size = f"{record.model.parameters_dense / 1e6:.1f} M"
-        rows.append((f"`{name}`", settings.paper, size, f"{average.value:.1f} ± {Z95 * error_of(average):.1f}"))
-    guessing = f"Average accuracy, % (guessing: {100 * sum(guesses) / len(guesses):.0f})"
-    return markdown(("Model", "Stands for", "Parameters", guessing), rows).strip()
+        size = f"{record.model.parameters_dense / 1e6:.1f} M" if record else DASH
+        known = f"{average.value:.1f} ± {Z95 * error_of(average):.1f}" if average else DASH
+        tasks, guessing = len(runs.profile.accuracies_of(name)), f"{100 * runs.profile.chance_of(name):.0f}"
+        rows.append((f"`{name}`", settings.paper, size, f"{tasks}", known, guessing))
+    header = ("Model", "Stands for", "Parameters", "Tasks", "Average accuracy, %", "Guessing, %")
+    return markdown(header, rows).strip()
 
 
 def cost(profile: str, recorded: str | Path) -> str:

@@ -18,7 +18,7 @@ from ..profiles import RECOVERY, Profile, RecoveryRow, RecoveryTable
 from ..records import Metric, Record
 from .evidence import Z95, Advantage, Verdict, untrained, weak, weigh
 from .rendering import DASH, Table
-from .runs import Runs, by_column, error_of, error_of_sum, mean
+from .runs import Runs, by_column, error_of, error_of_sum
 from .tables import HEADINGS, Cell, difference_of, text_of
 
 COLUMNS = ("ppl", "average")
@@ -88,7 +88,7 @@ def measured(number: int, runs: Runs) -> Found:
     """The scores of each state, as far as it was run."""
     about = _tables(runs.profile)[number]
     records = {state: evaluated(runs, about.model, state) for state in states(about)}
-    return {state: _values(number, record, runs.profile) for state, record in records.items() if record}
+    return {state: _values(record, runs.profile) for state, record in records.items() if record}
 
 
 def evaluated(runs: Runs, model: str, state: State) -> Record | None:
@@ -133,12 +133,9 @@ def _tables(profile: Profile) -> dict[int, RecoveryTable]:
     return dict(profile.recovery.tables) if profile.recovery else {}
 
 
-def _values(number: int, record: Record, profile: Profile) -> Values:
-    """Perplexity and average accuracy of a record; in table 12 over the five tasks of the paper's Hymba."""
-    scores = by_column(record, profile)
-    names = list(paper.rows(4)[0].values)[:-1] if number == 12 else profile.evaluation.accuracies
-    average = {"average": mean([scores[name] for name in names])} if set(names) <= set(scores) else {}
-    return {name: value for name, value in {**scores, **average}.items() if name in COLUMNS}
+def _values(record: Record, profile: Profile) -> Values:
+    """Perplexity and average accuracy of a record."""
+    return {name: value for name, value in by_column(record, profile).items() if name in COLUMNS}
 
 
 def _reported(number: int, about: RecoveryTable) -> Found:

@@ -101,9 +101,10 @@ class Runs:
         return self._give(next((run for run in same if run.model.removals == gone), None))
 
     def scores(self, study: str, model: str, n_removed: int) -> dict[str, Metric]:
-        """The scores of `evaluated` by column of the paper: perplexity, and accuracies with their average in points.
+        """The scores of `evaluated` by column of the paper: perplexity, and accuracies in points.
 
-        A column that was not measured is left out, and the average with it.
+        Their average is that of the paper's tables of the model (`Profile.accuracies_of`). A column that was not
+        measured is left out, and the average of it too.
         """
         record = self.evaluated(study, model, n_removed)
         return {} if record is None else by_column(record, self.profile)
@@ -131,9 +132,9 @@ def by_column(record: Record, profile: Profile) -> dict[str, Metric]:
         metric = record.metrics.get(f"{column.task}/{profile.metric_of(record.model.name, column)}")
         if metric is not None:
             found[column.column] = metric if column.metric == "perplexity" else _points(metric)
-    accuracies = [found[name] for name in profile.evaluation.accuracies if name in found]
-    if len(accuracies) == len(profile.evaluation.accuracies):
-        found["average"] = mean(accuracies)
+    averaged = profile.accuracies_of(record.model.name)
+    if found.keys() >= set(averaged):
+        found["average"] = mean([found[name] for name in averaged])
     return found
 
 

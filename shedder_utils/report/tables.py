@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..profiles import Profile, Study
 from ..records import Metric
 from .rendering import DASH, Table
-from .runs import Runs, error_of, mean
+from .runs import Runs, error_of
 
 WHAT = {
     1: "Mamba blocks", 2: "SSMs", 3: "components at several granularities", 4: "Hymba blocks", 5: "Mamba blocks or SSMs"
@@ -135,7 +135,7 @@ def _lines(number: int, yours: Runs, recorded: Runs) -> Iterator[Line]:
             for n_removed, stands_for in rows.items():
                 target = target_of(study, n_removed)
                 reported = paper_values(number, paper_model, stands_for, target)
-                ours, theirs = (_values(number, runs, name, model, n_removed) for runs in (yours, recorded))
+                ours, theirs = (_values(runs, name, model, n_removed) for runs in (yours, recorded))
                 cells = (Cell(name, reported.get(name), theirs.get(name), ours.get(name)) for name in _columns(number))
                 yield Line(model, paper_model, target, n_removed, layers, stands_for, tuple(cells))
 
@@ -172,15 +172,12 @@ def _place(number: int, line: Line) -> int:
     return next(places, len(paper.rows(number)))
 
 
-def _values(number: int, runs: Runs, study: str, model: str, n_removed: int) -> dict[str, Metric]:
-    """Scores by column, with the share of parameters removed in percent, and the average of this table's accuracies."""
+def _values(runs: Runs, study: str, model: str, n_removed: int) -> dict[str, Metric]:
+    """Scores by column, with the share of parameters removed in percent."""
     record = runs.evaluated(study, model, n_removed)
     if record is None:
         return {}
-    scores = runs.scores(study, model, n_removed)
-    accuracies = [name for name in _columns(number) if name not in ("ratio", "ppl", "average")]
-    average = {"average": mean([scores[name] for name in accuracies])} if set(accuracies) <= set(scores) else {}
-    return {"ratio": Metric(value=100 * record.model.ratio), **scores, **average}
+    return {"ratio": Metric(value=100 * record.model.ratio), **runs.scores(study, model, n_removed)}
 
 
 def _tidy(lines: list[Line]) -> pd.DataFrame:

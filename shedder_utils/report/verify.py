@@ -2,7 +2,8 @@
 
 Only what is broken makes it fail: a file changed by hand, a record that is damaged or belongs elsewhere, a figure
 without its records, an order of removals that the recorded run's inputs do not explain. Numbers that differ are
-reported with the first input that differs; a result that deviates from the paper is a result.
+reported with the first input that differs, and so is an order that was chosen by times, for these are of a machine; a
+result that deviates from the paper is a result.
 """
 
 from __future__ import annotations

@@ -57,13 +57,15 @@ def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 
 
 
 def passes_amiss(plan: CostPlan, runs: Path) -> list[str]:
-    """The searches that did not make the passes that were planned, or with several stages made more."""
+    """The searches that did not make the passes that were planned, or where kinds take from each other made more."""
     found = []
     for job in plan.jobs:
         file = records.path(runs, plan.profile.name, job.study, job.model, "search")
         if job.what == "search" and file.exists():
-            made = Plan.model_validate(records.read(file).plan).provenance["passes"]
-            if made > job.passes or (made < job.passes and len(plan.profile.studies[job.study].stages) == 1):
+            made = Plan.model_validate(records.read(file).plan).provenance.get("passes", 0)
+            settings = plan.profile.searches[job.study]
+            exact = len(settings.stages) == 1 and settings.stages[0].group is None and "per" not in settings.options
+            if made > job.passes or (made < job.passes and exact):
                 found.append(f"{job.study}, {job.model}: {made} passes, planned {job.passes}")
     return found
 
