@@ -10,6 +10,7 @@ defined.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters:
     if not stale:
         print(f"Nothing to do: all runs are recorded, and the notebooks in {folder} show them.", file=sys.stderr)
         return
-    with _kernel() as kernel:
+    with _kernel(settings.threads) as kernel:
         for number, file in enumerate(stale, 1):
             print(f"[{number}/{len(stale)}] {file.stem}", file=sys.stderr, flush=True)
             execute(file, folder / file.name, parameters, kernel)
@@ -149,12 +150,18 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
 
 
 @contextmanager
-def _kernel() -> Iterator[KernelManager]:
-    """A Python kernel in the project's root, for as long as the body runs; nothing is kept of what it executes."""
+def _kernel(threads: int | None = None) -> Iterator[KernelManager]:
+    """A Python kernel in the project's root, for as long as the body runs; nothing is kept of what it executes.
+
+    threads: that torch and the kernels of scans take there, by default as many as they would.
+    """
     from jupyter_client.manager import KernelManager
 
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     kernel = KernelManager(kernel_name="python3")
-    kernel.start_kernel(cwd=str(ROOT), extra_arguments=["--HistoryManager.hist_file=:memory:"])
+    kernel.start_kernel(
+        cwd=str(ROOT), env=environment, extra_arguments=["--HistoryManager.hist_file=:memory:"]
+    )  # fmt: skip
     try:
         yield kernel
     finally:

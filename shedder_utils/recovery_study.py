@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .errors import ProfileError
-from .instructions import instructions
+from .instructions import Instructions, instructions
 from .plan import Plan
-from .profiles import RECOVERY, RecoveryTable
+from .profiles import RECOVERY
+from .recipe import Recipe
 from .records import DataFacts, Metric, Outcome, Record, Request
 from .recovery import recover
 from .studies import dense, evaluation_inputs, pruned_scores, removal_order, scores_of
@@ -35,23 +36,24 @@ def recovery(bench: Workbench, table: int) -> dict[str, Record]:
     if settings is None or table not in settings.tables or settings.tables[table].model != bench.name:
         raise ProfileError(f"table {table} is not about {bench.name} in profile {bench.profile.name}")
     about = settings.tables[table]
+    recipe = about.recipe
+    data = instructions(
+        settings.source, bench.tokenizer, max_length=recipe.max_length, held_out=recipe.held_out, seed=recipe.seed
+    )
     found = {"dense": dense(bench)}
     for row in about.rows:
         found[row.state] = pruned_scores(bench, row.study, row.removed)
-    found["dense_tuned"] = _tuned(bench, settings.source, about, "dense_tuned", None)
+    found["dense_tuned"] = _tuned(bench, data, recipe, "dense_tuned", None)
     for row in about.rows:
         plan = removal_order(bench, row.study).first(row.removed)
-        found[f"{row.state}_tuned"] = _tuned(bench, settings.source, about, f"{row.state}_tuned", plan)
+        found[f"{row.state}_tuned"] = _tuned(bench, data, recipe, f"{row.state}_tuned", plan)
     return found
 
 
-def _tuned(bench: Workbench, source: str, about: RecoveryTable, setting: str, plan: Plan | None) -> Record:
+def _tuned(bench: Workbench, rows: Instructions, recipe: Recipe, setting: str, plan: Plan | None) -> Record:
     """The record of one tuning: the losses on the way, and the scores of the state that is kept."""
-    recipe, (spec, data) = about.recipe, evaluation_inputs(bench)
-    rows = instructions(
-        source, bench.tokenizer, max_length=recipe.max_length, held_out=recipe.held_out, seed=recipe.seed
-    )
-    data = {**data, "instructions": DataFacts(name=source, fingerprint=rows.fingerprint)}
+    spec, data = evaluation_inputs(bench)
+    data = {**data, "instructions": DataFacts(name=rows.name, fingerprint=rows.fingerprint)}
 
     def compute(request: Request) -> Outcome:
         name = f"{setting}-{request.inputs_fingerprint()[:12]}.part"

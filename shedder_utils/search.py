@@ -41,7 +41,8 @@ from .resuming import resumed
 from .savings import Budget, Savings, saving_no_less, standing, worth_removing
 from .search_memory import default_gib
 from .statistics import within_error
-from .sweep import Sweep, layer_cost
+from .sweep import Sweep
+from .variants import layer_cost
 
 METHODS = ("fast", "plain")
 METRICS = (*MEASURES, *RANKINGS)

@@ -19,9 +19,7 @@ B batch, L tokens, C candidates, S sequences.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,24 +32,11 @@ from .components import Cut
 from .distributed import gathered, mine
 from .families import Stream, family_of
 from .importance import Measure
-from .kernels.memory import give_back_freed_memory, room_beside_the_heap
+from .kernels.memory import give_back_freed_memory
 from .out_of_memory import once_smaller
 from .removal import removed
-from .search_memory import GIB, TOKENS_AT_ONCE, UNPRUNED, layout
-
-T = TypeVar("T", bound=Hashable)
-
-
-@dataclass
-class Variant:
-    """The stream of a model for one calibration batch, and the layer runs that led to it."""
-
-    stream: Stream
-    runs: int = 0
-
-
-Stack = dict[Cut, Variant]
-"""Variants before the same layer, by the candidate that they lack."""
+from .search_memory import GIB, UNPRUNED, layout
+from .variants import Stack, T, Variant, set_aside, through
 
 
 class Sweep:
@@ -164,7 +149,7 @@ class Sweep:
             left = {cut: v for cut, v in stack.items() if cut in self.wanted and self._has_place(cut, index)}
             del self.kept[number][index]
             if left:
-                self.kept[number][index] = stack if len(left) == len(stack) else _aside(left)
+                self.kept[number][index] = stack if len(left) == len(stack) else set_aside(left)
         for index in [index for index in self.unpruned[number] if index not in self.places[UNPRUNED]]:
             del self.unpruned[number][index]
 
@@ -220,14 +205,11 @@ class Sweep:
 
     def _alone(self, index: int, here: Variant) -> Variant:
         """The stream of one model after a layer: not stacked with others, it is bit for bit that of a full pass."""
-        layer = self.family.layers(self.model)[index]
-        cost = layer_cost(layer) * len(here.stream["hidden"])
-        self._runs += cost
-        return Variant(self.family.step(self.model, layer, here.stream), here.runs + cost)
+        return self._step(index, {UNPRUNED: here})[UNPRUNED]
 
     def _keep_unpruned(self, number: int, index: int, here: Variant) -> None:
         if index in self.places[UNPRUNED]:
-            self.unpruned[number][index] = _aside({UNPRUNED: here})[UNPRUNED]
+            self.unpruned[number][index] = set_aside({UNPRUNED: here})[UNPRUNED]
 
     def _to_the_end(self, number: int, index: int, stack: Stack, ids: Tensor) -> dict[Cut, Tensor]:
         """The values of variants before a layer, among which nothing is born any more."""
@@ -255,23 +237,13 @@ class Sweep:
         there = self.kept[number].get(index, {})
         new = {cut: v for cut, v in stack.items() if cut not in there and self._has_place(cut, index)}
         if new:
-            self.kept[number][index] = there | _aside(new)
+            self.kept[number][index] = there | set_aside(new)
         return self._step(index, stack)
 
-    def _step(self, index: int, stack: Stack) -> Stack:
-        """Variants after a layer, which runs on some at a time, so that what it needs is bounded. Empties `stack`."""
-        layer = self.family.layers(self.model)[index]
-        after: Stack = {}
-        for group in _groups(stack):
-            before = [stack.pop(cut) for cut in group]
-            rows, runs = len(before[0].stream["hidden"]), [variant.runs for variant in before]
-            joined = _joined(before) if len(before) > 1 else before[0].stream
-            del before
-            stream = self.family.step(self.model, layer, joined)
-            cost = layer_cost(layer) * rows
-            self._runs += cost * len(group)
-            for place, cut in enumerate(group):
-                after[cut] = Variant(_rows(stream, place * rows, rows), runs[place] + cost)
+    def _step(self, index: int, stack: dict[T, Variant]) -> dict[T, Variant]:
+        """Variants after a layer. Empties `stack`."""
+        after, runs = through(self.model, self.family.layers(self.model)[index], stack)
+        self._runs += runs
         return after
 
     def _has_place(self, cut: Cut, index: int) -> bool:
@@ -283,45 +255,3 @@ class Sweep:
 
     def _batches(self) -> list[Tensor]:
         return [batch for _, batch in mine(self.calibration.batches)]
-
-
-def layer_cost(layer: torch.nn.Module) -> int:
-    """1 for a layer that computes something, 0 for one that is skipped: what a layer run counts."""
-    return int(any(True for _ in layer.parameters()))
-
-
-def _groups(stack: Stack) -> Iterator[list[Cut]]:
-    """As many variants at a time as a layer takes."""
-    variants = list(stack)
-    rows, length = next(iter(stack.values())).stream["hidden"].shape[:2] if stack else (1, 1)
-    at_once = max(1, TOKENS_AT_ONCE // (rows * length))
-    for first in range(0, len(variants), at_once):
-        yield variants[first : first + at_once]
-
-
-def _joined(variants: Sequence[Variant]) -> Stream:
-    """Variants below each other."""
-    streams = [variant.stream for variant in variants]
-    return {name: torch.cat([stream[name] for stream in streams]) for name in _names(streams)}
-
-
-def _names(streams: Sequence[Stream]) -> list[str]:
-    """The tensors that all of these streams have: what one lacks, no layer to come reads."""
-    return [name for name in streams[0] if all(name in stream for stream in streams)]
-
-
-def _rows(stream: Stream, begin: int, rows: int) -> Stream:
-    return {name: tensor[begin : begin + rows] for name, tensor in stream.items()}
-
-
-def _aside(stack: dict[T, Variant]) -> dict[T, Variant]:
-    """A copy of variants in memory that the work on layers, which takes and frees much, does not scatter."""
-    streams = [variant.stream for variant in stack.values()]
-    rows, kept = len(streams[0]["hidden"]), {}
-    for name in _names(streams):
-        room = room_beside_the_heap(streams[0][name], rows * len(streams))
-        kept[name] = torch.cat([stream[name] for stream in streams], out=room)
-    return {
-        cut: Variant(_rows(kept, place * rows, rows), variant.runs)
-        for place, (cut, variant) in enumerate(stack.items())
-    }

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from shedder_utils import ProfileError, notebooks, profiles
+from shedder_utils import ProfileError, notebooks, profiles, records
 
 FILES = sorted(notebooks.FOLDER.glob("*.ipynb"))
 POCKET = set(profiles.load("pocket").study_names)
@@ -61,6 +61,11 @@ def test_all_run_and_leave_tables_figures_and_themselves(smoke_run: tuple[Path, 
     }  # fmt: skip
     assert all(path.stat().st_size for path in shown)
     assert len(list((output / "notebooks" / "smoke").glob("*.ipynb"))) == len(FILES)
+
+
+def test_models_run_on_as_many_threads_as_the_profile_says(smoke_run: tuple[Path, list[Path]]) -> None:
+    output, _ = smoke_run
+    assert {record.environment.threads for record in records.find(output)} == {profiles.load("smoke").threads} == {1}
 
 
 def test_a_report_from_the_same_records_is_the_same(smoke_run: tuple[Path, list[Path]]) -> None:

@@ -5,6 +5,7 @@ The package ships `pocket` (the default), `smoke` (tests), `paper` (the paper's 
 unknown one is refused.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -166,7 +167,8 @@ class Profile(_Settings):
 
     papers_own_models: whether the models are those of the paper itself, so that a claim can fail on them and not just
     stay unseen. device, dtype: where models run and as what; None takes what `load_model` takes. search_gib: what a
-    search may hold beside the model; None leaves it to `search`. beyond, certainty, pareto: what the paper did not ask.
+    search may hold beside the model; None leaves it to `search`. threads: of the process that runs the notebooks; None
+    takes what torch takes. beyond, certainty, pareto: what the paper did not ask.
     """
 
     name: str
@@ -175,6 +177,7 @@ class Profile(_Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     search_gib: float | None = Field(default=None, gt=0)
+    threads: PositiveInt | None = None
     models: dict[str, ProfileModel]
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
@@ -262,8 +265,7 @@ def load(name_or_path: str | Path | Profile) -> Profile:
     if file.suffix not in (".yaml", ".yml"):
         file = FOLDER / f"{name_or_path}.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Profile.model_validate(content)
+        return _read(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProfileError(
             f"profile {name_or_path}: not found; expected one of {', '.join(names())} or the path of a YAML file"
@@ -272,6 +274,12 @@ def load(name_or_path: str | Path | Profile) -> Profile:
         raise ProfileError(f"profile {name_or_path}: is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise ProfileError(f"profile {name_or_path}: {_explain(error)}") from error
+
+
+@lru_cache
+def _read(text: str) -> Profile:
+    """The profile that a file's text says, read once: every table and figure asks for it again."""
+    return Profile.model_validate(yaml.safe_load(text))
 
 
 def _explain(error: ValidationError) -> str:
