@@ -498,11 +498,11 @@ def tuned_world(root: Path, back: float, rate: float) -> World:
 )
 def test_the_verdict_follows_the_numbers(tmp_path: Path, back: float, rate: float, verdict: str, why: str) -> None:
     world = tuned_world(tmp_path, back, rate)
-    found = report.verdicts(["C11"], "pocket", world.root).items[0]
+    found = report.verdicts(["C11"], world.profile, world.root).items[0]
     assert found.verdict == verdict
     assert why in found.why
     assert "Control: the dense pocket-mamba2, tuned as long, goes from 3.00 to 3.00" in found.why
-    shares = report.table(10, "pocket", world.root, tmp_path / "none").frame["won_back"].dropna()
+    shares = report.table(10, world.profile, world.root, tmp_path / "none").frame["won_back"].dropna()
     assert len(shares) == (4 if rate else 0)
     assert shares.tolist() == pytest.approx([back] * len(shares))
 
@@ -513,7 +513,7 @@ def test_a_tuning_from_other_removals_does_not_count(tmp_path: Path) -> None:
     record = records.read(file)
     model = record.model.model_copy(update={"removals": record.model.removals[::-1]})
     records.write(world.root, record.model_copy(update={"model": model}))
-    found = report.verdicts(["C11"], "pocket", world.root).items[0]
+    found = report.verdicts(["C11"], world.profile, world.root).items[0]
     assert found.verdict == "not run"
     assert "no evaluation of pocket-mamba2, less 8 (ssm_pruning), tuned" in found.why
 
