@@ -267,7 +267,8 @@ class _Search:
     def _dense_pass(self) -> Tensor:
         if self.settings.method == "plain":
             return self._full_pass([])
-        self.sweep.prepare(candidates(self.model, self.settings.stages[0], []))
+        if (stage := self.open_stage()) is not None:
+            self.sweep.prepare(candidates(self.model, self.settings.stages[stage], []))
         return self._swept_pass([], None, for_good=True)
 
     def _full_pass(self, gone: Sequence[Cut]) -> Tensor:

@@ -6,7 +6,7 @@ as a new variant: about half the layer runs of one full pass for each candidate,
 layer r, all that was computed before r still holds; kept streams are where the next walk picks variants up.
 
 The unpruned stream runs by itself, so that it is bit for bit that of a full pass. The full pass that settles a removal
-starts from it, and leaves behind the unpruned stream of the next step: a step costs no pass beside its variants'.
+starts from what is kept of it, and leaves behind the unpruned stream of the next step.
 
 A memory budget (`search_memory.py`) bounds how many streams are on their way, and which are kept. Where more variants
 would be on their way than it allows, those under way go to the end first: that costs no layer run.
@@ -50,7 +50,7 @@ class Sweep:
         self.model, self.calibration, self.measure = model, calibration, measure
         self.family = family_of(model)
         self.budget = memory_gib * GIB
-        self.layout, self.places = layout({}, 1, 1, 0), dict[int, set[int]]()
+        self.layout, self.places = layout({}, 1, 1, 0), {UNPRUNED: set[int]()}
         self.wanted: set[Cut] = set()
         self._forget_all()
         self.layer_runs = self.reused = 0
@@ -91,7 +91,8 @@ class Sweep:
         without = gone if candidate is None else with_candidate(gone, candidate)
 
         def measured(number: int, ids: Tensor) -> Tensor:
-            index, here = self._latest(number, ids, birth)
+            index = self._latest(number, birth)
+            here = self._unpruned_at(number, index, ids)
             self._spared += here.runs
             while index < len(self.family.layers(self.model)):
                 here = self._alone(index, here)
@@ -188,20 +189,24 @@ class Sweep:
         """The unpruned stream before some layers, in turn, from what is kept of it."""
         index, here = 0, None
         for layer in layers:
-            latest, kept = self._latest(number, ids, layer)
+            latest = self._latest(number, layer)
             if here is None or latest > index:
-                self._spared += kept.runs - (0 if here is None else here.runs)
-                index, here = latest, kept
+                before = 0 if here is None else here.runs
+                index, here = latest, self._unpruned_at(number, latest, ids)
+                self._spared += here.runs - before
             while index < layer:
                 index, here = index + 1, self._alone(index, here)
                 self._keep_unpruned(number, index, here)
             yield here
 
-    def _latest(self, number: int, ids: Tensor, layer: int) -> tuple[int, Variant]:
-        """The last layer up to this one before which the unpruned stream is kept, with it; its start if none is."""
-        kept = self.unpruned[number]
-        index = max((index for index in kept if index <= layer), default=0)
-        return index, kept[index] if index in kept else Variant(self.family.start(self.model, ids))
+    def _latest(self, number: int, layer: int) -> int:
+        """The last layer up to this one before which the unpruned stream is kept; 0, where it starts, if none is."""
+        return max((index for index in self.unpruned[number] if index <= layer), default=0)
+
+    def _unpruned_at(self, number: int, index: int, ids: Tensor) -> Variant:
+        """The unpruned stream before a layer where it is kept, or before the first."""
+        kept = self.unpruned[number].get(index)
+        return Variant(self.family.start(self.model, ids)) if kept is None else kept
 
     def _alone(self, index: int, here: Variant) -> Variant:
         """The stream of one model after a layer: not stacked with others, it is bit for bit that of a full pass."""

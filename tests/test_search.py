@@ -65,6 +65,15 @@ def test_fast_finds_the_plan_of_plain(model: PreTrainedModel, calibration: Calib
         assert without_cost(fast) == without_cost(plain)
 
 
+@pytest.mark.parametrize("stages", [[], [Stage("mamba_block", 0), Stage("ssm", 1)]], ids=["no stage", "no step"])
+def test_a_stage_without_steps_removes_nothing(
+    model: PreTrainedModel, calibration: Calibration, stages: list[Stage]
+) -> None:
+    plain = search(model, calibration, stages, method="plain", progress=False)
+    assert without_cost(search(model, calibration, stages, progress=False)) == without_cost(plain)
+    assert len(plain) == len(stages[1:])
+
+
 @pytest.mark.parametrize("kind", ["mamba_block", "ssm"])
 def test_fast_runs_fewer_layers(model: PreTrainedModel, calibration: Calibration, kind: str) -> None:
     fast = search(model, calibration, Stage(kind, 3), progress=False)

@@ -25,8 +25,13 @@ def sentence(rng: random.Random) -> str:
     return f"{rng.choice(NAMES)} took the {rng.choice(THINGS)} to the {rng.choice(PLACES)}."
 
 
+def some(rng: random.Random) -> str:
+    """As much text as a row of the real instructions or prose has, or nearly: a study's draws need it."""
+    return " ".join(sentence(rng) for _ in range(rng.randint(6, 10)))
+
+
 def instruction(rng: random.Random) -> Row:
-    row = {"instruction": f"Count to {rng.randint(2, 99)}.", "input": "", "output": f"1 to {rng.randint(2, 99)}"}
+    row = {"instruction": f"Count to {rng.randint(2, 99)}.", "input": "", "output": some(rng)}
     return row | {"text": f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"}
 
 
@@ -36,7 +41,7 @@ def cleaned_instruction(rng: random.Random) -> Row:
 
 
 def prose(rng: random.Random) -> Row:
-    return {"text": rng.choice(("", " = Title = \n", f" {sentence(rng)} {sentence(rng)} \n"))}
+    return {"text": rng.choice(("", " = Title = \n", f" {some(rng)} \n"))}
 
 
 def passage(rng: random.Random) -> Row:
