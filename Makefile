@@ -30,16 +30,16 @@ doctor: $(READY)  ## say what is installed, which scan will run, and what the pr
 	@$(BIN)/python -m shedder_utils doctor --profile "$(PROFILE)" > /dev/null
 
 reproduce: $(READY)  ## run the studies that are not done yet, then tables, figures and notebooks
-	@$(BIN)/python -m shedder_utils run --profile "$(PROFILE)" --models "$(MODELS)" --studies "$(STUDIES)"
+	@$(BIN)/python -m shedder_utils run --profile "$(PROFILE)" --models "$(MODELS)" --studies "$(STUDIES)" > /dev/null
 
 report: $(READY)  ## draw tables and figures again from the records, without a model
-	@$(BIN)/python -m shedder_utils report --profile "$(PROFILE)"
+	@$(BIN)/python -m shedder_utils report --profile "$(PROFILE)" > /dev/null
 
 verify: $(READY)  ## check your records against the recorded ones and the paper, and that those are whole
-	@$(BIN)/python -m shedder_utils verify --profile "$(PROFILE)"
+	@$(BIN)/python -m shedder_utils verify --profile "$(PROFILE)" > /dev/null
 
 record: $(READY)  ## for maintainers: make a finished run of committed code the recorded one
-	@$(BIN)/python -m shedder_utils record --profile "$(PROFILE)"
+	@$(BIN)/python -m shedder_utils record --profile "$(PROFILE)" > /dev/null
 
 test: lint  ## check style and types, then run the tests
 	@$(BIN)/python -m pytest -q

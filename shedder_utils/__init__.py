@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import kernels
     from .benchmark import benchmark
     from .calibration import Calibration, calibrate
+    from .channels import order_channels
     from .components import Component
     from .errors import DataError, ModelError, PlanError, ProfileError, RecordError, ShedderError
     from .evaluation import Scores, evaluate
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration", "Component", "DataError", "ModelError", "Plan", "PlanError", "ProfileError", "RecordError",
     "Removal", "Scores", "ShedderError", "Stage", "benchmark", "calibrate", "components", "describe", "evaluate",
-    "extract", "kernels", "load_model", "perplexity", "recover", "removed", "save_pruned", "search",
+    "extract", "kernels", "load_model", "order_channels", "perplexity", "recover", "removed", "save_pruned", "search",
 ]  # fmt: skip
 
 _NAMES = {
     "benchmark": ("benchmark",),
     "calibration": ("Calibration", "calibrate"),
+    "channels": ("order_channels",),
     "components": ("Component",),
     "errors": ("DataError", "ModelError", "PlanError", "ProfileError", "RecordError", "ShedderError"),
     "evaluation": ("Scores", "evaluate"),

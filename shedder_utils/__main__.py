@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import commands
+from .commands.options import finish, say
 from .errors import ShedderError
 
 app = typer.Typer(
@@ -26,20 +29,18 @@ def run_notebooks(
     studies: Annotated[str, typer.Option(help="Only these studies, separated by commas.")] = "",
     output: Output = Path("runs"),
 ) -> None:
-    """Run the studies that are not recorded yet, through the notebooks, and print where tables and figures are."""
+    """Run the studies that are not recorded yet, through the notebooks, and say where tables and figures are."""
     from .notebooks import run
 
-    for path in run(profile, models=_names(models), studies=_names(studies), output=output):
-        print(path)
+    _written(profile, run(profile, models=_names(models), studies=_names(studies), output=output))
 
 
 @app.command("report")
 def rebuild_report(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
-    """Rebuild tables, figures and verdicts from the records, without a model, and print where they are."""
+    """Rebuild tables, figures and verdicts from the records, without a model, and say where they are."""
     from .report import build
 
-    for path in build(profile, output):
-        print(path)
+    _written(profile, build(profile, output))
 
 
 @app.command("verify")
@@ -48,18 +49,27 @@ def verify_records(profile: Profile = "pocket", output: Output = Path("runs")) -
     from .report.verify import summary, verify
 
     found = verify(profile, output)
-    print(*found, summary(found), sep="\n")
-    if any(finding.fatal for finding in found):
+    for line in (*found, summary(found)):
+        say(str(line))
+    broken = any(finding.fatal for finding in found)
+    finish({"profile": profile, "broken": broken, "findings": [asdict(finding) for finding in found]})
+    if broken:
         raise typer.Exit(1)
 
 
 @app.command("record")
 def record_run(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
-    """For maintainers: make a finished run the recorded one, ready to commit, and print the files written."""
+    """For maintainers: make a finished run the recorded one, ready to commit, and say which files were written."""
     from .recording import record
 
-    for path in record(profile, output):
-        print(path)
+    _written(profile, record(profile, output))
+
+
+def _written(profile: str, files: Sequence[Path]) -> None:
+    """Say which files a command left, for people and for programs."""
+    for file in files:
+        say(str(file))
+    finish({"profile": profile, "files": [str(file) for file in files]})
 
 
 def _names(text: str) -> list[str]:

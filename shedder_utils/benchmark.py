@@ -4,7 +4,7 @@ Prefill reads a prompt and gives the first new token; decode gives the tokens af
 In every round each model runs once, the order turning from round to round, so that what disturbs the machine disturbs
 all alike; a speedup is the median over rounds of reference time / model time. The reference runs twice in each round:
 the ratio of its two times, which should be 1, tells what a difference is worth. Times are of this machine, ratios are
-what may be compared.
+what may be compared, with each other and with the ideal: what a model no longer computes, or reads (`costs.py`).
 
 B batch, L tokens.
 """
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from . import provenance
+from .costs import Costs, costs
 from .errors import ModelError
 from .importance import evaluating
 from .removal import is_masked
@@ -48,11 +49,14 @@ class Timings:
     The first model is the reference; the reference's name with `AGAIN` holds its second run. peak_mib: by model, the
     most memory in use while it ran: on a CPU of the whole process, with all models that are compared; on a CUDA device
     what torch had given out there. A system that cannot tell the peak of a part of a process's life leaves it out.
+    work: by model, what such a prompt and a token after it cost. batch_size: prompts at a time.
     """
 
     reference: str
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
+    work: dict[str, Costs] = field(default_factory=dict)
+    batch_size: int = 1
 
     def speedup(self, model: str, phase: str) -> Speedup:
         """How many times faster than the reference a model is in a phase."""
@@ -61,16 +65,21 @@ class Timings:
         low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
         return Speedup(float(np.median(rounds)), float(low), float(high))
 
+    def ideal(self, model: str, phase: str) -> float:
+        """The speedup if time were the cost alone: FLOPs in prefill, bytes moved in decode; 1 for the second run."""
+        dense = self.work[self.reference]
+        return self.work.get(model, dense).ideal(dense, phase, self.batch_size)
+
     def table(self) -> pd.DataFrame:
-        """One row for each model and phase: quartiles in milliseconds, the speedup, its interval, peak memory."""
+        """One row for each model and phase: quartiles in ms, the speedup, its interval and the ideal, peak memory."""
         rows = []
         for model, phases in self.seconds.items():
             for phase, seconds in phases.items():
                 quartiles = np.percentile(seconds, (25, 50, 75)) * 1e3
                 speedup = self.speedup(model, phase)
-                interval = (speedup.value, speedup.low, speedup.high)
-                rows.append((model, phase, *quartiles, *interval, self.peak_mib.get(model)))
-        columns = ["model", "phase", "ms_25", "ms_median", "ms_75", "speedup", "low", "high", "peak_mib"]
+                ratios = (speedup.value, speedup.low, speedup.high, self.ideal(model, phase))
+                rows.append((model, phase, *quartiles, *ratios, self.peak_mib.get(model)))
+        columns = ["model", "phase", "ms_25", "ms_median", "ms_75", "speedup", "low", "high", "ideal", "peak_mib"]
         return pd.DataFrame(rows, columns=columns).set_index(["model", "phase"])
 
 
@@ -97,7 +106,7 @@ def benchmark(
         raise ModelError(f"benchmark: model {masked[0]!r} is masked, not pruned: time what extract() returns")
     reference = next(iter(models))
     runs = {**models, reference + AGAIN: models[reference]}
-    timings = Timings(reference, {name: {phase: [] for phase in PHASES} for name in runs})
+    timings = Timings(reference, {name: {phase: [] for phase in PHASES} for name in runs}, batch_size=batch_size)
     generator = torch.Generator().manual_seed(0)
     names = list(runs)
     vocabulary = min(model.config.vocab_size for model in models.values())
@@ -111,6 +120,7 @@ def benchmark(
                     timings.seconds[name][phase].append(value)
     peaks = {name: _peak_mib(model, prompt, new_tokens) for name, model in runs.items()}
     timings.peak_mib = {name: peak for name, peak in peaks.items() if peak is not None}
+    timings.work = {name: costs(model, prompt_tokens) for name, model in models.items()}
     return timings
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from .benchmark import benchmark
 from .calibration import calibrate
 from .certainty import beginning, finding
-from .costs import costs
 from .errors import ProfileError
 from .plan import Plan, Stage
 from .profiles import CERTAINTY, PARETO
@@ -47,20 +46,19 @@ def _draw(bench: Workbench, name: str) -> Record:
             "prose": bench.profile.evaluation.prose.model_dump()}  # fmt: skip
 
     def compute(request: Request) -> Outcome:
-        part = f"{name}-{request.inputs_fingerprint()[:12]}.part"
-        checkpoint = bench.output / bench.profile.name / CERTAINTY / bench.name / part
         found = finding(
             bench.model, calibration, Stage(settings.kind, settings.steps), held_out=bench.prose,
-            after=[settings.steps], checkpoint=checkpoint, memory_gib=bench.profile.search_gib,
+            after=[settings.steps], checkpoint=bench.checkpoint(request), memory_gib=bench.profile.search_gib,
         )  # fmt: skip
-        checkpoint.unlink()
         metrics = {f"alone/{component}": Metric(value=loss) for component, loss in found.alone.items()}
         left = float(found.left.at[settings.steps, "perplexity"])
         metrics["prose/perplexity"] = Metric(value=left, n=bench.prose.sequences)
         return Outcome(metrics=metrics, plan=found.plan.model_dump(mode="json"))
 
     data = {"calibration": facts(calibration), "prose": facts(bench.prose)}
-    return bench.record(CERTAINTY, name, spec, data, [], compute)
+    record = bench.record(CERTAINTY, name, spec, data, [], compute)
+    bench.checkpoint(record).unlink(missing_ok=True)
+    return record
 
 
 def pareto(bench: Workbench) -> Record:
@@ -78,9 +76,7 @@ def pareto(bench: Workbench) -> Record:
 
     def compute(_: Request) -> Outcome:
         models = {"dense": bench.model, **{name: extract(bench.model, plan) for name, plan in plans.items()}}
-        timings = benchmark(models, **timing)
-        work = {name: costs(one, settings.prompt_tokens) for name, one in models.items()}
-        return Outcome(metrics=speeds(timings, work))
+        return Outcome(metrics=speeds(benchmark(models, **timing)))
 
     return bench.record(PARETO, "speed", {**timing, "orders": orders}, {}, [], compute)
 

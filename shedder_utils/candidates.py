@@ -43,11 +43,19 @@ def check_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> None:
     """Refuse stages that ask for more than there is, before any work, with a PlanError."""
     asked: dict[str, int] = {}
     for stage in stages:
-        there = sum(_removals(model, component, stage.group) for component in components(model, stage.kinds))
+        there = removals(model, stage)
         key = " & ".join(stage.kinds)
         asked[key] = asked.get(key, 0) + stage.steps
         if asked[key] > there:
             raise PlanError(f"{asked[key]} removals of {key} were asked for, the model has {there}: ask for fewer")
+
+
+def removals(model: PreTrainedModel, stage: Stage) -> int:
+    """How many removals there are of a stage's kinds, at most where one kind takes from another.
+
+    Raises PlanError for a group that does not fit the model.
+    """
+    return sum(_removals(model, component, stage.group) for component in components(model, stage.kinds))
 
 
 def _removals(model: PreTrainedModel, component: Component, group: int) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .benchmark import Timings, benchmark
 from .components import PARTS, Component, Cut
+from .errors import PlanError
 from .families import family_of
 from .inventory import costs_without
 from .plan import Plan, Removal
@@ -39,6 +40,7 @@ def savings(
 
     prompt_tokens, new_tokens, batches, progress: as for `benchmark`, which times the dense model and one variant for
     each class of components, interleaved; both phases come from one run. "bytes" are those after the same prompt.
+    Raises PlanError for components that cannot be weighed because each needs others to go first.
     """
     units, kinds = list(units), tuple(dict.fromkeys(kinds))
     classes = alike(model, kinds, prompt_tokens)
@@ -68,11 +70,19 @@ def alike(model: PreTrainedModel, kinds: Iterable[str], prompt_tokens: int = 512
 
 
 def _half(model: PreTrainedModel, group: Sequence[Component]) -> list[Cut]:
-    """Every second component of a class, as far as they can go together; of kinds that lose parts, half of these."""
-    chosen: list[Component] = []
-    for component in group[::2]:
-        if family_of(model).conflict(model, [*chosen, component]) is None:
+    """Every second component of a class, as far as they can go together; of kinds that lose parts, half of these.
+
+    Raises PlanError for a class of which none can go before others have.
+    """
+    conflict, chosen = family_of(model).conflict, list[Component]()
+    for component in [component for component in group if conflict(model, [component]) is None][::2]:
+        if conflict(model, [*chosen, component]) is None:
             chosen.append(component)
+    if not chosen:
+        raise PlanError(
+            f"{' and '.join(map(str, group))} cannot be weighed, none can be taken out alone: "
+            f"{conflict(model, group[:1])}, or weigh by parameters, which need no measurement"
+        )
     return [Cut(component, _half_of_parts(model, component.kind)) for component in chosen]
 
 

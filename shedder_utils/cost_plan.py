@@ -22,10 +22,21 @@ from .errors import ProfileError
 from .families import family_of
 from .loading import local_folder
 from .prefix import removals_before
-from .profiles import CERTAINTY, RECOVERY, CalibrationSettings, Certainty, Profile, StageSettings, Strategy, Study
+from .profiles import (
+    CERTAINTY,
+    RECOVERY,
+    SAVINGS,
+    SEARCH,
+    CalibrationSettings,
+    Certainty,
+    Profile,
+    StageSettings,
+    Strategy,
+    Study,
+)
 from .removal import components
 from .schedule import Schedule
-from .search_memory import GIB, TOKENS_AT_ONCE, default_gib, search_memory
+from .search_memory import GIB, TOKENS_AT_ONCE, SearchMemory, default_gib, search_memory
 from .shapes import Work, without_weights, work_per_token
 
 EFFICIENCY, BANDWIDTH = 0.3, 0.6
@@ -76,7 +87,7 @@ class Job:
     passes: what Algorithm 1 would need, one full pass of the calibration data for each candidate of each step, at most
     where one kind takes from another, without the steps that are taken over from a search before; flops, bytes: of the
     fast search and the evaluations; gib: peak memory, weights included; single: in float32, whatever the profile's
-    numbers are.
+    numbers are; memory: what a search holds at its peak, which `gib` adds up.
     """
 
     study: str
@@ -87,6 +98,7 @@ class Job:
     bytes: float
     gib: float
     single: bool = False
+    memory: SearchMemory | None = None
 
 
 @dataclass
@@ -128,18 +140,25 @@ class CostPlan:
         return sum(self.downloads.values()) + (DATA_GB if self.downloads else 0.1)
 
     @property
+    def not_counted(self) -> list[str]:
+        """Runs without a job: counts of components, and what is timed, which takes as long as the clock needs."""
+        counted, runs = {job.study for job in self.jobs}, self.schedule.steps
+        weighed = [f"savings of {run.study}" for run in runs if run.setting == SAVINGS]
+        return list(dict.fromkeys([*(run.study for run in runs if run.study not in counted), *weighed]))
+
+    @property
     def _wanted(self) -> list[str]:
         return list(dict.fromkeys(step.model for step in self.schedule.steps))
 
     def _jobs(self) -> Iterator[Job]:
         for name in self._wanted:
             pricing = _Pricing(self.profile, name)
-            searched = [study for study in self.profile.searches if self._runs(study, name, "search")]
+            searched = [study for study in self.profile.searches if self._runs(study, name, SEARCH)]
             for number, study in enumerate(searched):
                 own = pricing.drawing(self.profile.calibration_in(study, name))
                 yield own.search(study, before=searched[:number])
             for study in ("dense", *self.profile.searches):
-                evaluated = self._runs(study, name) - sum(self._runs(study, name, s) for s in ("search", "savings"))
+                evaluated = self._runs(study, name) - sum(self._runs(study, name, s) for s in (SEARCH, SAVINGS))
                 if evaluated:
                     yield pricing.evaluations(study, evaluated)
             if self.profile.certainty and self._runs(CERTAINTY, name):
@@ -219,19 +238,19 @@ class _Pricing:
         rows = max(1, TOKENS_AT_ONCE // length)
         reads = walks * max(1, self.tokens // (rows * length)) * self.weights
         moved = passes * self.tokens * len(work.layers) * work.traffic * self.number_bytes
+        memory = self._search_memory(settings)
         return Job(
-            study, self.name, what, count, passes * self.tokens * work.whole, reads + moved,
-            self._search_gib(settings),
+            study, self.name, what, count, passes * self.tokens * work.whole, reads + moved, memory.total / GIB,
+            memory=memory,
         )  # fmt: skip
 
-    def _search_gib(self, settings: Study | Strategy) -> float:
+    def _search_memory(self, settings: Study | Strategy) -> SearchMemory:
         """The peak of a search; what is kept is less where all of it takes less than the budget."""
         length = self.calibration.sequence_length
-        peak = search_memory(
+        return search_memory(
             self.model, settings.plan_stages, sequences=self.tokens // length, sequence_length=length,
             batch_size=self.calibration.batch_size, memory_gib=self.search_gib,
         )  # fmt: skip
-        return peak.total / GIB
 
     def evaluations(self, study: str, count: int) -> Job:
         """So many evaluations of the model with all tasks."""

@@ -39,7 +39,17 @@ class Costs:
     @property
     def decode_bytes(self) -> int:
         """Memory traffic of one decoded token: weights, keys and values are read, states read and written."""
-        return self.weight_bytes + 2 * self.cache_bytes - self.attention_bytes
+        return self.decode_bytes_of(1)
+
+    def decode_bytes_of(self, sequences: int) -> int:
+        """The same for a token of each of several sequences, which share one reading of the weights."""
+        return self.weight_bytes + sequences * (2 * self.cache_bytes - self.attention_bytes)
+
+    def ideal(self, dense: Costs, phase: str, sequences: int = 1) -> float:
+        """The ideal speedup against a dense model in "prefill" or "decode": its cost over this one's."""
+        if phase == "prefill":
+            return dense.flops / self.flops
+        return dense.decode_bytes_of(sequences) / self.decode_bytes_of(sequences)
 
 
 def costs(model: PreTrainedModel, prompt_tokens: int = 512) -> Costs:

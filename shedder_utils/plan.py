@@ -23,6 +23,10 @@ JsonComponent = Annotated[
 ]
 
 
+COUNTS = ("passes", "layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
+"""What the provenance of a plan counts, where its metric was measured: see `Plan`."""
+
+
 class Stage(BaseModel):
     """One stage of a search: the kinds that compete with each other, and how many removals it makes.
 
@@ -71,7 +75,7 @@ class Plan(BaseModel):
     provenance: how the plan was made. seed: of "random"; ranks: processes. For what is measured also method; passes:
     candidates that were measured, each by one full pass in Algorithm 1;
     layer_runs: layers evaluated, in layers times sequences; layer_runs_plain: those that Algorithm 1 would take;
-    layer_runs_reused: those spared by what was kept from earlier steps; memory_gib: what was allowed to be held; ties:
+    layer_runs_reused: those spared by what was kept; memory_gib: what was allowed to be held; ties:
     candidates within rounding of the best, settled by full passes. ties_within_error: removals whose choice the
     calibration data does not support, each with its rivals, which are as good within 1.96 standard errors of the paired
     difference. taken_over: where the first removals come from, {study, removals, checksum} of a recorded search that

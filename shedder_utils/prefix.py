@@ -10,13 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import records
-from .plan import Plan, Stage
+from .plan import COUNTS, Plan, Stage
 from .profiles import Profile
 from .records import Record, Request
 from .savings import MEASURED
-
-COUNTS = ("passes", "layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
-"""What a plan's provenance counts: of a search that began with taken over removals, its own work alone."""
 
 
 def shared_removals(first: Sequence[Stage], second: Sequence[Stage]) -> int:
@@ -85,7 +82,8 @@ def _is_alike(record: Record, request: Request) -> bool:
 
 def _beginning(shared: int, plan: Plan, record: Record, stages: Sequence[Stage]) -> Plan:
     """The first removals of a plan as those of a search with other stages that has done nothing itself."""
-    provenance = plan.provenance | {name: 0 for name in COUNTS if name in plan.provenance}
+    counts = dict.fromkeys(COUNTS, 0) if "passes" in plan.provenance else {}
+    provenance = plan.provenance | counts
     ties = [entry for entry in provenance["ties_within_error"] if entry["removal"] <= shared]
     saved = {unit: values[:shared] for unit, values in provenance.get("saved", {}).items()}
     origin = {"study": record.study, "removals": shared, "checksum": records.checksum(record)}

@@ -53,24 +53,21 @@ class Cost(_Facts):
     peak_mib: float
 
 
-def environment(scan: str | None = None, device: str = "cpu") -> Environment:
+def environment(device: str = "cpu") -> Environment:
     """Describe this machine and its versions.
 
-    scan: name of the scan that ran; None asks `shedder_utils.kernels`. device: where it computed, such as "cuda:0"; a
-    GPU is described by its name.
+    device: where it computed, such as "cuda:0"; a GPU is described by its name.
     """
     import torch
 
-    if scan is None:
-        from . import kernels
+    from . import kernels
 
-        scan = kernels.active(device)
     versions = {name: _version(package) for name, package in PACKAGES.items()}
     return Environment(
         python=platform.python_version(),
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         cpu=_cpu_name(),
-        scan=scan,
+        scan=kernels.active(device),
         threads=torch.get_num_threads(),
         **versions,
     )

@@ -203,22 +203,16 @@ def fold(root: str | Path, *, profile: str = "*", study: str = "*", model: str =
 
 
 def recorded(
-    root: str | Path,
-    request: Request,
-    compute: Callable[[], Outcome],
-    *,
-    force: bool = False,
-    scan: str | None = None,
-    device: str = "cpu",
+    root: str | Path, request: Request, compute: Callable[[], Outcome], device: str = "cpu"
 ) -> tuple[Record, bool]:
     """The record of a request: the one on disk when its inputs are the same, else computed and written.
 
-    force: compute in any case. scan, device: see `provenance.environment`. Returns the record and whether it was
-    computed now. Raises RecordError when the one on disk is broken or the new one cannot be stored.
+    device: where it computes, such as "cuda:0". Returns the record and whether it was computed now. Raises RecordError
+    when the one on disk is broken or the new one cannot be stored.
     """
     file = _path_of(root, request)
     inputs = request.inputs_fingerprint()
-    if not force and file.exists():
+    if file.exists():
         record = read(file)
         if record.inputs == inputs:
             return record, False
@@ -228,7 +222,7 @@ def recorded(
         **dict(request),
         metrics=outcome.metrics,
         plan=outcome.plan,
-        environment=environment(scan, device),
+        environment=environment(device),
         code=code_version(),
         cost=meter.cost,
         created=datetime.now(UTC).replace(microsecond=0),

@@ -56,20 +56,18 @@ def _tuned(bench: Workbench, rows: Instructions, recipe: Recipe, setting: str, p
     data = {**data, "instructions": DataFacts(name=rows.name, fingerprint=rows.fingerprint)}
 
     def compute(request: Request) -> Outcome:
-        name = f"{setting}-{request.inputs_fingerprint()[:12]}.part"
-        checkpoint = bench.output / bench.profile.name / RECOVERY / bench.name / name
-        if bench.force:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint = bench.checkpoint(request)
         start = copy.deepcopy(bench.model) if plan is None else extract(bench.model, plan)
         if start.dtype == torch.float16:
             start = start.float()
         tuned = recover(start, bench.tokenizer, rows, checkpoint=checkpoint, inplace=True, **recipe.settings)
         metrics = {**_losses(tuned.config.recovery), **scores_of(bench, tuned.to(bench.model.dtype))}
-        shutil.rmtree(checkpoint)
         return Outcome(metrics=metrics)
 
     gone = plan.gone if plan else []
-    return bench.record(RECOVERY, setting, {**spec, "recipe": recipe.settings}, data, gone, compute)
+    record = bench.record(RECOVERY, setting, {**spec, "recipe": recipe.settings}, data, gone, compute)
+    shutil.rmtree(bench.checkpoint(record), ignore_errors=True)
+    return record
 
 
 def _losses(outcome: dict[str, Any]) -> dict[str, Metric]:

@@ -6,7 +6,7 @@ what `extract` must equal (sections 3.2 and 3.3 of the paper). `prune()` never p
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -125,21 +125,32 @@ def prune(model: PreTrainedModel, gone: Iterable[Component | tuple[Component, in
     gone = cuts(gone)
     check(model, gone)
     dense = model.num_parameters()
-    for change in family_of(model).substitutions(model, dict(gone)):
-        setattr(change.parent, change.name, change.replacement)
+    for together in _by_layer(model, gone).values():  # what a layer loses is free before any of the next is copied
+        for change in family_of(model).substitutions(model, together):
+            setattr(change.parent, change.name, change.replacement)
     settle(model, gone, dense)
+
+
+def _by_layer(model: PreTrainedModel, gone: Iterable[Cut]) -> dict[int, dict[Component, int]]:
+    """What goes from each layer, with the parts that stay of it."""
+    found: dict[int, dict[Component, int]] = defaultdict(dict)
+    for component, kept in gone:
+        found[family_of(model).layer_of(model, component)][component] = kept
+    return found
 
 
 def settle(model: PreTrainedModel, gone: Iterable[Cut], dense_parameters: int) -> None:
     """Make a model that computes without components one that does not have them, in place.
 
     Layers that do nothing go, the rest and their cache entries are numbered anew, and every parameter has memory of its
-    own size. `config.pruned` says what went, in the numbering of the dense model, how many parameters that had, and
-    which of its settings are others now.
+    own size. `config.pruned` says what went, in the numbering of the dense model; how many parameters that had; which
+    of its settings are others now; and for each layer that is left its number there, and how much is left of what it
+    has lost, by kind: 0 of what went whole.
     """
     config: Any = model.config
-    before = config.to_dict()
-    family_of(model).compact(model)
+    family, before, lost = family_of(model), config.to_dict(), _by_layer(model, gone)
+    numbers = {part: n for n, layer in enumerate(family.layers(model)) for part in (layer, *layer.children())}
+    family.compact(model)
     for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.data.clone()
@@ -148,4 +159,8 @@ def settle(model: PreTrainedModel, gone: Iterable[Cut], dense_parameters: int) -
         "removed": [str(cut) for cut in gone],
         "parameters": dense_parameters,
         "dense": {name: value for name, value in before.items() if value != after[name]},
+        "layers": [
+            {"layer": number, **{component.kind: kept for component, kept in lost[number].items()}}
+            for number in (numbers[layer] for layer in family.layers(model))
+        ],
     }

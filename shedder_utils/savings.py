@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .components import Component, Cut
 from .errors import PlanError
@@ -82,13 +82,21 @@ class Budget(BaseModel):
     """How much a search is to save: it stops as soon as that is reached.
 
     text: "parameters 10%" for a tenth less, "decode 1.3x" for 1.3 times faster; savings: in the unit of the text.
-    Raises PlanError for any other text.
+    Raises PlanError for any other text, and for savings in another unit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str
     savings: Savings
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if (unit := wanted(self.text)[0]) != self.savings.unit:
+            raise PlanError(
+                f"budget {self.text!r} is in {unit}, the savings are in {self.savings.unit}: weigh by {unit}"
+            )
+        return self
 
     def __str__(self) -> str:
         return f"{self.text}, by {self.savings}"

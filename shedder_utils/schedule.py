@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import records
 from .files import in_project
-from .profiles import CERTAINTY, DENSE, INVENTORY, PARETO, RECOVERY, SPEED, Profile
+from .profiles import CERTAINTY, DENSE, INVENTORY, PARETO, RECOVERY, SAVINGS, SEARCH, SPEED, Profile
 from .records import Record
 
 LEAST = 10.0
@@ -57,13 +57,13 @@ def _by_study(profile: Profile) -> Iterator[tuple[str, Step]]:
             yield from ((name, step) for step in _search(profile, name, model))
             yield from ((name, _scores(name, model, n)) for n in rows)
     for number, table in profile.speed.tables.items() if profile.speed else ():
-        yield SPEED, Step(table.study, table.model, "search")
+        yield SPEED, Step(table.study, table.model, SEARCH)
         yield SPEED, Step(SPEED, table.model, f"table_{number}")
     for tuned in profile.recovery.tables.values() if profile.recovery else ():
         yield RECOVERY, Step(DENSE, tuned.model, "scores")
         yield RECOVERY, Step(RECOVERY, tuned.model, "dense_tuned")
         for row in tuned.rows:
-            yield RECOVERY, Step(row.study, tuned.model, "search")
+            yield RECOVERY, Step(row.study, tuned.model, SEARCH)
             yield RECOVERY, _scores(row.study, tuned.model, row.removed)
             yield RECOVERY, Step(RECOVERY, tuned.model, f"{row.state}_tuned")
     if profile.certainty:
@@ -77,8 +77,8 @@ def _by_study(profile: Profile) -> Iterator[tuple[str, Step]]:
 
 def _search(profile: Profile, study: str, model: str) -> Iterator[Step]:
     if study in profile.beyond and profile.beyond[study].per:
-        yield Step(study, model, "savings")
-    yield Step(study, model, "search")
+        yield Step(study, model, SAVINGS)
+    yield Step(study, model, SEARCH)
 
 
 def _scores(study: str, model: str, n_removed: int) -> Step:

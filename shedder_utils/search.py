@@ -34,20 +34,18 @@ from .families import family_of
 from .importance import MEASURES, Measure, evaluating, full_pass
 from .inventory import parameters_removed
 from .loading import identity
-from .plan import Plan, Removal, Stage
+from .plan import COUNTS, Plan, Removal, Stage
 from .rankings import RANKINGS
 from .removal import removed
 from .resuming import resumed
 from .savings import Budget, Savings, saving_no_less, standing, worth_removing
 from .search_memory import default_gib
-from .statistics import within_error
+from .statistics import ROUNDING, within_error
 from .sweep import Sweep
 from .variants import layer_cost
 
 METHODS = ("fast", "plain")
 METRICS = (*MEASURES, *RANKINGS)
-ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""Difference of mean losses, in nats, within which two candidates are tied; half precision rounds coarser."""
 
 
 def search(
@@ -123,8 +121,7 @@ class _Settings:
         """What a plan keeps of them, and the counts that a search begins with."""
         found: dict[str, Any] = {"metric": self.metric, "one_shot": self.one_shot, "seed": self.seed}
         if self.metric in MEASURES:
-            counts = ("passes", "layer_runs", "layer_runs_plain", "layer_runs_reused", "ties")
-            found |= {"method": self.method, "memory_gib": round(self.memory_gib, 3), **dict.fromkeys(counts, 0)}
+            found |= {"method": self.method, "memory_gib": round(self.memory_gib, 3), **dict.fromkeys(COUNTS, 0)}
         rules = {"per": self.per, "until": self.until}
         found |= {name: rule.model_dump() for name, rule in rules.items() if rule is not None}
         if self.savings:
@@ -139,7 +136,7 @@ class _Search:
         self, model: PreTrainedModel, calibration: Calibration, settings: _Settings, checkpoint: Path | None
     ) -> None:
         self.model, self.calibration, self.settings, self.checkpoint = model, calibration, settings, checkpoint
-        self.tolerance = ROUNDING.get(model.dtype, 2e-3)
+        self.tolerance = ROUNDING[str(model.dtype).removeprefix("torch.")]
         self.measure: Measure | None = MEASURES[settings.metric]() if settings.metric in MEASURES else None
         self.ranked: dict[Cut, Tensor] = {}
         self.plan = self._begun()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ERRORS = 1.96
 """How many standard errors of a difference it may be from zero: a 95 % interval, for one comparison."""
+ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-3, "float16": 2e-3}
+"""Difference of mean losses, in nats, within which two candidates are tied, by the model's numbers."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import profiles
-from .benchmark import Timings, benchmark
+from .benchmark import PHASES, Timings, benchmark
 from .calibration import Calibration
 from .components import Cut
-from .costs import Costs, costs
 from .errors import ProfileError
 from .evaluation import evaluate
 from .importance import perplexity
@@ -24,15 +23,13 @@ from .inventory import describe
 from .plan import Plan
 from .pocket.tasks import TASKS, tasks_fingerprint
 from .prefix import taken_over
-from .profiles import DENSE, INVENTORY, SPEED, Profile, Strategy, Study
+from .profiles import DENSE, INVENTORY, SEARCH, SPEED, Profile, Strategy, Study
 from .records import DataFacts, Metric, Outcome, Record, Request
 from .removal import components, removed
 from .search import search
 from .surgery import extract
 from .weighing_study import search_options
 from .workbench import Workbench
-
-SEARCH = "search"
 
 
 def workbenches(
@@ -109,16 +106,14 @@ def speed(bench: Workbench, table: int | str) -> Record:
         timings = benchmark(
             models, prompt_tokens=settings.prompt_tokens, new_tokens=about.new_tokens, batches=settings.batches
         )
-        work = {name: costs(model, settings.prompt_tokens) for name, model in models.items()}
-        return Outcome(metrics=speeds(timings, work) | _sizes(models))
+        return Outcome(metrics=speeds(timings) | _sizes(models))
 
     return bench.record(SPEED, f"table_{table}", spec, {}, [], compute)
 
 
-def speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
+def speeds(timings: Timings) -> dict[str, Metric]:
     """All that a benchmark measured, and the ideal from what each model costs."""
     found: dict[str, float] = {}
-    dense = work[timings.reference]
     for name, phases in timings.seconds.items():
         for phase, seconds in phases.items():
             measured = timings.speedup(name, phase)
@@ -128,9 +123,8 @@ def speeds(timings: Timings, work: dict[str, Costs]) -> dict[str, Metric]:
                 f"{name}/{phase}/high": measured.high,
                 f"{name}/{phase}/seconds": median(seconds),
             }
-    for name, cost in work.items():
-        found[f"{name}/prefill/ideal"] = dense.flops / cost.flops
-        found[f"{name}/decode/ideal"] = dense.decode_bytes / cost.decode_bytes
+    for name, cost in timings.work.items():
+        found |= {f"{name}/{phase}/ideal": timings.ideal(name, phase) for phase in PHASES}
         found[f"{name}/cache_bytes"] = cost.cache_bytes
         found[f"{name}/weight_bytes"] = cost.weight_bytes
     found |= {f"{name}/peak_mib": peak for name, peak in timings.peak_mib.items()}
@@ -162,21 +156,17 @@ def removal_order(bench: Workbench, study: str) -> Plan:
     data = {"calibration": facts(calibration)}
 
     def compute(request: Request) -> Outcome:
-        checkpoint = (
-            bench.output / bench.profile.name / study / bench.name / f"search-{request.inputs_fingerprint()[:12]}.part"
-        )
-        stages = settings.plan_stages
-        if bench.force:
-            checkpoint.unlink(missing_ok=True)
-        elif not checkpoint.exists() and (begun := taken_over(request, stages, bench.output)) is not None:
+        checkpoint, stages = bench.checkpoint(request), settings.plan_stages
+        if not checkpoint.exists() and (begun := taken_over(request, stages, bench.output)) is not None:
             begun.save(checkpoint)
         plan = search(
             bench.model, calibration, stages, checkpoint=checkpoint, memory_gib=bench.profile.search_gib, **options
         )
-        checkpoint.unlink()
         return Outcome(metrics={}, plan=plan.model_dump(mode="json"))
 
-    return Plan.model_validate(bench.record(study, SEARCH, spec, data, [], compute).plan)
+    record = bench.record(study, SEARCH, spec, data, [], compute)
+    bench.checkpoint(record).unlink(missing_ok=True)
+    return Plan.model_validate(record.plan)
 
 
 def pruned_scores(bench: Workbench, study: str, n_removed: int) -> Record:

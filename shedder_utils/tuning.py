@@ -100,9 +100,17 @@ class Tuning(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The held-out cross-entropy: log it, keep what is the best so far, and stop where there is no use in more."""
+        """The held-out cross-entropy: log it, keep what is the best so far, and stop where there is no use in more.
+
+        Raises ModelError where it is no number before any update.
+        """
         now = self._held_out_loss()
         earlier = [entry["held_out_loss"] for entry in self.curve]
+        if not earlier and not math.isfinite(now):
+            raise ModelError(
+                f"recover: the held-out loss is {now} before any update, expected a finite number: the model's weights "
+                "or logits are not finite, look at the checkpoint it was loaded from, or load it in float32"
+            )
         self.log({"held_out_loss": now})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": now})
         best, waited = min(earlier, default=math.inf), len(earlier) - earlier.index(min(earlier)) if earlier else 0

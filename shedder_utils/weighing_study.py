@@ -7,11 +7,11 @@ from typing import Any
 from .component_costs import savings
 from .components import PARTS, Component
 from .families import family_of
+from .profiles import SAVINGS
 from .records import Metric, Outcome, Record, Request
 from .savings import MEASURED, Savings
 from .workbench import Workbench
 
-SAVINGS = "savings"
 WHOLE = "model"
 TIMING = {"prompt_tokens": 512, "new_tokens": 8, "batches": 12}
 """How components are timed, after the prompt that the profile measures speed with, if it does."""

@@ -32,19 +32,16 @@ class Workbench:
     """One model of a profile with its data, and where its records go.
 
     profile: a name, a path, or one that is read already; model: a name in it; output: the folder of the records, from
-    the project's root; force: compute again what is recorded. Raises ProfileError for a model that the profile does
-    not have.
+    the project's root. Raises ProfileError for a model that the profile does not have.
     """
 
-    def __init__(
-        self, profile: str | Path | Profile, model: str, output: str | Path = "runs", *, force: bool = False
-    ) -> None:
+    def __init__(self, profile: str | Path | Profile, model: str, output: str | Path = "runs") -> None:
         self.profile = profiles.load(profile)
         if model not in self.profile.models:
             raise ProfileError(
                 f"profile {profile}: no model {model!r}, expected one of {', '.join(self.profile.models)}"
             )
-        self.name, self.output, self.force = model, in_project(output), force
+        self.name, self.output = model, in_project(output)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -117,8 +114,15 @@ class Workbench:
             removals=tuple(map(str, gone)),
         )
         request = Request(study=study, profile=self.profile.name, setting=setting, spec=spec, model=model, data=data)
-        device = str(self.model.device)
-        record, computed = recorded(self.output, request, lambda: compute(request), force=self.force, device=device)
+        record, computed = recorded(self.output, request, lambda: compute(request), str(self.model.device))
         if computed:
             report_progress(self.profile, self.output, record)
         return record
+
+    def checkpoint(self, request: Request) -> Path:
+        """Where a run keeps what it has so far: all that there is of it until it is recorded, and to be deleted after.
+
+        request: what the run's computation is given, or its record.
+        """
+        name = f"{request.setting}-{request.inputs_fingerprint()[:12]}.part"
+        return self.output / request.profile / request.study / self.name / name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -51,6 +54,18 @@ def random_model_of(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that some work has at once, beside those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
 @pytest.fixture(params=list(CONFIGS))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A random model of each architecture in turn."""
@@ -71,4 +86,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     command = [sys.executable, "-m", "shedder_utils", "run", "--profile", "smoke", "--output", str(output)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    return output, [Path(line) for line in finished.stdout.splitlines()]
+    (said,) = finished.stdout.splitlines()
+    files = json.loads(said)["files"]
+    assert finished.stderr.endswith("".join(f"{file}\n" for file in files))
+    return output, [Path(file) for file in files]

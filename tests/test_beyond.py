@@ -13,10 +13,12 @@ from shedder_utils import DataError, ProfileError, profiles, records, report
 from shedder_utils.plan import Plan, Removal, Stage
 from shedder_utils.profiles import Certainty, Pareto, Strategy
 from shedder_utils.records import Metric
+from shedder_utils.report import beyond
 from shedder_utils.report.beyond import Point
 from shedder_utils.report.pareto import frontier
 from shedder_utils.savings import Savings
 from shedder_utils.schedule import steps
+from shedder_utils.statistics import packed
 
 MODEL = "pocket-mamba2"
 BEYOND = {
@@ -114,6 +116,17 @@ def test_the_joint_search_meets_the_best_single_kind_that_is_as_fast(world: Worl
     world.loss[("joint", MODEL)] = 0.02
     world.store("joint", MODEL, "03_removed", 3, world.metrics("joint", MODEL, 3))
     assert frame("joint", world, tmp_path)["verdict"][0] == "not told apart"
+
+
+def test_two_models_are_compared_on_the_same_items() -> None:
+    def scored(n_right: int) -> Point:
+        hits = [float(item < n_right) for item in range(100)]
+        average = Metric(value=n_right, stderr=5.0, n=100, items=packed(hits))
+        return Point("joint", 3, {"average": average}, share=None, times={}, seconds=None)
+
+    found = beyond._against(scored(60), scored(50))
+    assert found["error"] == pytest.approx(100 * math.sqrt(0.1 * 0.9 / 99))
+    assert found["verdict"] == "ahead"  # as independent, ten points would be less than two standard errors
 
 
 def test_orders_are_compared_across_draws_sizes_and_texts(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Paired errors against the formula, rank correlations against scipy, and a study of a small model."""
+"""Paired errors against the formula, rank correlations against scipy, and what one draw finds of a small model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import random_model
 from scipy import stats
 
 from shedder_utils import Calibration, Component, DataError, Stage, perplexity, removed, search
-from shedder_utils.certainty import beginning, losses_alone, order_certainty
+from shedder_utils.certainty import beginning, finding, losses_alone
 from shedder_utils.statistics import correlations, kendall, paired, spearman, within_error
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -72,26 +72,16 @@ def test_ties_within_error_are_reported_with_the_plan() -> None:
         assert plan.provenance["ties_within_error"] == ([] if "random" in settings.values() else expected)
 
 
-def test_a_study_compares_orders_and_what_they_leave(tmp_path: Path) -> None:
-    model, stage = random_model("mamba2"), Stage("ssm", 3)
+def test_a_draw_finds_a_plan_and_what_it_leaves(tmp_path: Path) -> None:
+    model, stage, checkpoint = random_model("mamba2"), Stage("ssm", 3), tmp_path / "a.json"
     held_out = Calibration([torch.randint(0, 97, (2, 24), generator=GENERATOR)])
-    settings = {"held_out": held_out, "after": (0, 3), "checkpoints": tmp_path, "progress": False}
-    found = order_certainty(model, DRAWS, stage, measurements={"size": lambda m: m.num_parameters()}, **settings)
-    assert list(found.plans) == ["a", "b", "c"]
-    assert all(len(plan) == 3 for plan in found.plans.values())
-    assert list(found.correlation.index) == list(found.ranking.index) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert set(found.ranking["shared"]) == {1}  # all components are ranked by each
-    assert found.spread.loc[0, ("perplexity", "std")] == 0
-    left = []
-    for plan in found.plans.values():
-        with removed(model, plan.gone):
-            left.append(perplexity(model, held_out))
-    assert found.spread.loc[3, ("perplexity", "mean")] == pytest.approx(sum(left) / 3)
-    assert found.spread.loc[3, ("perplexity", "max")] == max(left)
-    assert found.spread.loc[3, ("size", "max")] < found.spread.loc[0, ("size", "max")]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
-    with pytest.raises(DataError, match="expected two or more"):
-        order_certainty(model, {"a": DRAWS["a"]}, stage, **settings)
+    found = finding(model, DRAWS["a"], stage, held_out=held_out, after=(0, 3), checkpoint=checkpoint, progress=False)
+    assert found.plan.components == search(model, DRAWS["a"], stage, progress=False).components
+    assert min(found.alone, key=found.alone.__getitem__) == str(found.plan.components[0])
+    assert found.left.at[0, "perplexity"] == perplexity(model, held_out)
+    with removed(model, found.plan.gone):
+        assert found.left.at[3, "perplexity"] == perplexity(model, held_out)
+    assert checkpoint.exists()
 
 
 def test_the_first_step_ranks_components_as_full_passes_do() -> None:

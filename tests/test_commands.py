@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 
 from shedder_utils import Plan, PlanError, load_model, paper
 from shedder_utils.__main__ import app, main
+from shedder_utils.benchmark import PHASES
 from shedder_utils.commands.options import stages_of
+from shedder_utils.commands.pruning import METRICS
+from shedder_utils.components import KINDS
 from shedder_utils.families import random_model
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
@@ -90,9 +94,22 @@ def test_extract_evaluate_and_benchmark(tiny: Path, plan: Path, tmp_path: Path) 
     assert said["scores"]["pocket_piqa"]["acc"]["n"] == 2
     assert json.loads(scores.read_text()) == said
 
+    run("extract", tiny, plan, small, "--first", 2, "--scores", scores)
+    shown = said["scores"]["pocket_piqa"]["acc"]
+    card = (small / "README.md").read_text()
+    assert f"| pocket_piqa | acc | {shown['value']:.4g} ± {shown['stderr']:.2g} | 2 |" in card
+    others, _, _ = call("extract", tiny, plan, tmp_path / "other", "--scores", scores)
+    assert "scores.json are of a model with" in others
+    assert not (tmp_path / "other").exists()
+
     said = run("benchmark", tiny, small, "--prompt-tokens", 8, "--new-tokens", 2, "--batches", 2)
-    assert said["models"][str(tiny)]["decode"]["speedup"] == 1
-    assert set(said["models"][str(small)]["prefill"]) == {"ms", "speedup", "low", "high"}
+    dense, pruned, again = said["models"][str(tiny)], said["models"][str(small)], said["again"]
+    assert set(dense) == set(pruned) == set(again) == {"prefill", "decode", "peak_mib"}
+    assert dense["decode"]["speedup"] == dense["decode"]["ideal"] == again["decode"]["ideal"] == 1
+    assert all(found["ms_25"] <= found["ms"] <= found["ms_75"] for found in (pruned["prefill"], again["decode"]))
+    assert all(pruned[phase]["low"] <= pruned[phase]["speedup"] <= pruned[phase]["high"] for phase in PHASES)
+    assert all(pruned[phase]["ideal"] > 1 for phase in PHASES)
+    assert pruned["peak_mib"] is None or pruned["peak_mib"] > 50
 
 
 def test_recover(tiny: Path, plan: Path, tmp_path: Path) -> None:
@@ -120,6 +137,8 @@ def test_extract_portable_and_from_a_released_file(tiny: Path, tmp_path: Path) -
         (["extract", "nowhere", "PLAN", "x"], "model nowhere"),
         (["extract", "TINY", "PLAN", "x", "--first", "9"], "the plan has 3 removals, 9 were asked for"),
         (["extract", "TINY", "PLAN", "x", "--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["extract", "TINY", "PLAN", "x", "--scores", "nowhere.json"], "scores nowhere.json cannot be read"),
+        (["extract", "TINY", "PLAN", "x", "--scores", "PLAN"], "expected what evaluate --output writes"),
         (["search", "TINY", *TEXT, "--output", "x", "--kinds", "ssms", "--steps", "1"], "kind 'ssms' is unknown"),
         (["search", "TINY", *TEXT, "--output", "x"], "expected one of --stages and --kinds"),
         (["search", "TINY", *TEXT, "--output", "x", "--stages", "ssm: 9"], "the model has 4"),
@@ -158,6 +177,24 @@ def test_every_command_explains_itself(name: str) -> None:
     code, out, _ = call(name, "--help")
     assert not code
     assert "Usage" in out
+
+
+def test_the_help_of_search_names_kinds_and_metrics() -> None:
+    assert import_module("shedder_utils.search").METRICS == METRICS
+    out = call("search", "--help")[1]
+    assert all(name in out for name in (*KINDS, *METRICS))
+
+
+def test_the_plan_says_what_its_hours_leave_out(tmp_path: Path) -> None:
+    options = ["--profile", "smoke", "--models", "smoke-mamba2", "--output", tmp_path]
+    code, out, err = call("plan", *options)
+    assert not code, err
+    assert json.loads(out)["not_counted"][0] == "inventory"
+    (line,) = (line for line in err.splitlines() if "do not count" in line)
+    assert all(f" {name}" in line for name in ("inventory", "speed", "pareto", "savings of joint_decode"))
+    code, out, err = call("plan", *options, "--studies", "ssm_pruning")
+    assert not json.loads(out)["not_counted"]
+    assert "do not count" not in err
 
 
 def test_stages_are_read_as_table_3_writes_them() -> None:

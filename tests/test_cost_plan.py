@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from shedder_utils import Calibration, ProfileError, Stage, cost_plan, paper, profiles, search, shapes, studies
+from shedder_utils.__main__ import app
 from shedder_utils.cost_plan import CostPlan, candidates_by_step
 from shedder_utils.costs import costs
 from shedder_utils.families import random_model
@@ -188,6 +191,24 @@ def test_a_model_that_is_here_is_not_downloaded(monkeypatch: pytest.MonkeyPatch,
     assert not cost_plan.is_here("state-spaces/mamba-2.8b")
     monkeypatch.setattr(cost_plan, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
     assert cost_plan.is_here("state-spaces/mamba-2.8b")
+
+
+def test_the_memory_of_a_models_largest_search_is_shown_as_it_adds_up(tmp_path: Path) -> None:
+    options = ["--profile", "paper", "--models", "mamba-2.8b,mamba2-2.7b", "--output", str(tmp_path)]
+    ran = CliRunner().invoke(app, ["plan", *options])
+    assert ran.exit_code == 0, ran.output
+    jobs = [job for job in json.loads(ran.stdout)["jobs"] if job["memory"]]
+    shown = [line for line in ran.stderr.splitlines() if line.startswith("memory of ")]
+    assert len(shown) == 2
+    for line, model in zip(shown, ("mamba-2.8b", "mamba2-2.7b"), strict=True):
+        largest = max((job for job in jobs if job["model"] == model), key=lambda job: job["gib"])
+        parts = {name: size / 2**30 for name, size in largest["memory"].items()}
+        added = [f"{name} {parts[name]:.2f}" for name in ("model", "kept")]
+        assert line.startswith(f"memory of {model}, {largest['study']}: {added[0]} + streams {parts['stack']:.2f} + ")
+        assert f" + {added[1]} + layer " in line
+        assert line.endswith(f" = {largest['gib']:.2f} GiB")
+        total = parts["model"] + parts["stack"] + parts["kept"] + max(parts["layer"], parts["logits"])
+        assert largest["gib"] == pytest.approx(total)
 
 
 def test_models_and_studies_narrow_the_plan(tmp_path: Path) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import search_ranks
+from test_commands import TEXT, run, tiny  # noqa: F401
 
 from shedder_utils import Plan, ShedderError, distributed
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder that two ranks wrote to, and how torchrun ended after one of them was killed."""
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, search_ranks.__file__, str(folder)]
+    command = [*TORCHRUN, search_ranks.__file__, str(folder)]
     return folder, subprocess.run(command, capture_output=True, text=True)
 
 
@@ -60,6 +62,21 @@ def test_a_rank_that_dies_ends_the_run_and_the_search_goes_on(
     whole = search_ranks.run("fast", tmp_path)
     assert content(search_ranks.run("killed", folder)) == content(whole)
     assert json.loads((folder / "killed").read_text())["provenance"]["ranks"] == 2  # as it was begun
+
+
+def test_the_command_finds_the_plan_of_one_and_says_so_once(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    search = ["search", tiny, *TEXT, "--batch-size", 2, "--stages", "mamba_block: 1 + ssm: 2", "--output"]
+    file = tmp_path / "two.json"
+    command = [*TORCHRUN, "-m", "shedder_utils", *map(str, [*search, file])]
+    two = subprocess.run(command, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("\n") == 1
+    assert json.loads(two.stdout) == {**run(*search, tmp_path / "one.json"), "plan": str(file)}
+    assert two.stderr.count("searching on") == 1
+    plan = Plan.load(file)
+    assert content(plan) == content(Plan.load(tmp_path / "one.json"))
+    assert plan.provenance["ranks"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"one.json", "two.json"}
 
 
 def test_without_torchrun_nothing_changes() -> None:

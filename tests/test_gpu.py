@@ -6,14 +6,17 @@ import math
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, random_model_of
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from shedder_utils import Calibration, ModelError, Stage, kernels, perplexity, search
+from shedder_utils.hymba import HymbaConfig, mixer
 from shedder_utils.importance import Perplexity, final_states
 from shedder_utils.out_of_memory import once_smaller
 from shedder_utils.search_memory import GIB
@@ -124,6 +127,69 @@ print(before, kernels.active("cuda:1"), kernels.active("cpu"))
 def test_the_scan_that_runs_on_a_gpu_is_named(installed: str, scan: str) -> None:
     run = subprocess.run([sys.executable, "-c", STAND_INS, installed], capture_output=True, text=True)
     assert run.stdout.split() == [scan, scan, "shedder-numba"], run.stderr
+
+
+class Kernels:
+    """What mamba_ssm and causal_conv1d offer, by transformers' names and with their own arguments; counts the calls."""
+
+    def __init__(self) -> None:
+        self.called: Counter[str] = Counter()
+
+    def mamba_selective_scan(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+        z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+        return_last_state: bool = False,
+    ) -> Any:  # fmt: skip
+        self.called["mamba_selective_scan"] += 1
+        u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
+        y, state = kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
+
+    def mamba_selective_state_update(
+        self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+        z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    ) -> Tensor:  # fmt: skip
+        self.called["mamba_selective_state_update"] += 1
+        x, dt, B, C, z = (part[:, None] for part in (x, dt, B, C, z))
+        y, after = kernels.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state=state)
+        state.copy_(after)
+        return y[:, 0]
+
+    def causal_conv1d_fn(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: None = None,
+        initial_states: None = None, return_final_states: bool = False, final_states_out: None = None,
+        activation: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        self.called["causal_conv1d_fn"] += 1
+        return kernels.causal_conv(x.transpose(1, 2), weight, bias, silu=activation == "silu").transpose(1, 2)
+
+    def causal_conv1d_update(
+        self, x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        self.called["causal_conv1d_update"] += 1
+        window = torch.cat([conv_state, x], dim=-1)[..., 1:]
+        conv_state.copy_(window)
+        y = kernels.causal_conv(window.transpose(1, 2), weight, bias, silu=activation == "silu")
+        return y.transpose(1, 2)[..., -1:]
+
+
+@torch.no_grad()
+def test_hymbas_heads_run_on_the_kernels_in_prefill_and_in_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_memory_tokens": 4, "sliding_window": 6}
+    model = random_model_of(HymbaConfig(**size, **heads))
+    ids = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(2))
+    expected, stand_in = model(ids, use_cache=False).logits, Kernels()
+    in_prefill = ("causal_conv1d_fn", "mamba_selective_scan")
+    in_decode = ("causal_conv1d_update", "mamba_selective_state_update")
+    for name in (*in_prefill, *in_decode):
+        monkeypatch.setattr(mixer.scans, name, getattr(stand_in, name))
+    prefill = model(ids[:, :-1], use_cache=True)
+    assert stand_in.called == dict.fromkeys(in_prefill, 6)
+    stand_in.called.clear()
+    decode = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
+    assert stand_in.called == dict.fromkeys(in_decode, 6)
+    torch.testing.assert_close(torch.cat([prefill.logits, decode.logits], dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

@@ -319,24 +319,27 @@ def test_such_a_block_may_go_after_the_others_if_that_is_configured(
 
 
 @pytest.mark.parametrize(
-    ("stages", "memory_gib"),
+    ("stages", "memory_gib", "most"),
     [
-        ([Stage("hymba_block", 4)], 1.0),
-        ([Stage("hymba_block", 4)], 1e-12),
-        ([Stage("ssm", 3)], 1.0),
-        ([Stage(("hymba_block", "attention", "mlp"), 2), Stage("ssm", 2), Stage("mlp_channels", 2, group=16)], 1.0),
+        ([Stage("hymba_block", 4)], 1.0, 0.6),
+        ([Stage("hymba_block", 4)], 1e-12, math.inf),
+        ([Stage("ssm", 3)], 1.0, 0.6),
+        ([Stage("attention", 3)], 1.0, 0.6),
+        ([Stage("mlp", 3)], 1.0, 0.7),
+        ([Stage("mlp_channels", 3, 16)], 1.0, 0.7),
+        ([Stage(("hymba_block", "attention", "mlp"), 2), Stage("ssm", 2), Stage("mlp_channels", 2, 16)], 1.0, 0.7),
     ],
-    ids=["blocks", "blocks, nothing kept", "ssms", "stages"],
+    ids=["blocks", "blocks, nothing kept", "ssms", "attention", "mlps", "channels", "stages"],
 )
 def test_fast_finds_the_plan_of_plain(
-    model: HymbaForCausalLM, calibration: Calibration, stages: list[Stage], memory_gib: float
+    model: HymbaForCausalLM, calibration: Calibration, stages: list[Stage], memory_gib: float, most: float
 ) -> None:
+    """`most`: what part of the layer runs of the plain search the fast one may need."""
     plain = search(model, calibration, stages, method="plain", progress=False)
     fast = search(model, calibration, stages, method="fast", progress=False, memory_gib=memory_gib)
     assert fast.removals == plain.removals
     assert fast.dense_score == plain.dense_score
-    if memory_gib == 1.0 and len(stages) == 1:
-        assert fast.provenance["layer_runs"] < 0.9 * fast.provenance["layer_runs_plain"]
+    assert fast.provenance["layer_runs"] <= most * plain.provenance["layer_runs"]
 
 
 def test_the_published_configuration_gives_the_published_model(published: HymbaForCausalLM) -> None:

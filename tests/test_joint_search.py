@@ -20,6 +20,7 @@ from shedder_utils import (
     Stage,
     component_costs,
     components,
+    distributed,
     extract,
     perplexity,
     records,
@@ -29,6 +30,8 @@ from shedder_utils import (
     weighing_study,
 )
 from shedder_utils.benchmark import Timings
+from shedder_utils.candidates import removals
+from shedder_utils.commands import weighing
 from shedder_utils.component_costs import alike
 from shedder_utils.components import Cut, cuts
 from shedder_utils.costs import costs
@@ -170,6 +173,13 @@ def test_a_budget_may_count_what_the_choice_does_not(calibration: Calibration) -
 def test_malformed_budgets_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match="is malformed: expected one of parameters, bytes, prefill, decode"):
         wanted(text)
+    with pytest.raises(PlanError, match="is malformed"):
+        Budget(text=text, savings=Savings(unit="decode", whole=1.0, each={}))
+
+
+def test_a_budget_in_another_unit_than_its_savings_is_refused() -> None:
+    with pytest.raises(PlanError, match="budget 'bytes 10%' is in bytes, the savings are in decode"):
+        Budget(text="bytes 10%", savings=Savings(unit="decode", whole=1.0, each={}))
 
 
 def test_a_checkpoint_of_other_savings_is_refused(calibration: Calibration, tmp_path: Path) -> None:
@@ -204,6 +214,18 @@ def test_layers_that_compute_differently_are_weighed_apart() -> None:
     apart = {frozenset(c.index for c in group) for group in alike(model, ["attention"], 64)}
     globally = {index for index in range(6) if model.config.is_global(index)}
     assert all(group <= globally or not group & globally for group in apart)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "decode"])
+def test_a_class_that_only_goes_after_others_is_refused_by_name(unit: str) -> None:
+    model = random_family(family="hymba", layers=8, hidden_size=32, seed=0, vocab_size=60)
+    model.config.all_blocks_removable = True
+    with pytest.raises(
+        PlanError, match=r"hymba_block:\d.* cannot be weighed, none.*reuses its keys and values"
+    ) as found:
+        component_costs.savings(model, ["hymba_block"], [unit], progress=False)
+    assert "\n" not in str(found.value)
+    assert component_costs.savings(model, ["hymba_block"], ["parameters"])["parameters"].each
 
 
 def test_measured_savings_are_medians_of_paired_differences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,16 +289,63 @@ def test_a_search_that_goes_on_keeps_the_savings_it_began_with(tiny: Path, tmp_p
     assert Plan.load(tmp_path / "p.json").provenance["per"] == begun.provenance["per"]
 
 
+def test_ranks_without_a_shared_disk_ask_the_first_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, here, nowhere = random_model("mamba2"), tmp_path / ".p.json.part", tmp_path / "nowhere"
+    per = weighed(model, unit="bytes")
+    Plan(provenance={"per": per.model_dump()}).save(here)
+    broadcast: list[Any] = []
+    asked = (model, [Stage(POOL, 2)], "perplexity", "bytes", "")
+    monkeypatch.setattr(distributed, "on_first", lambda action: broadcast.append(action()) or broadcast[-1])
+    assert weighing.rules(*asked, here, {}) == {"per": per}
+    monkeypatch.setattr(distributed, "on_first", lambda action: broadcast.pop(0))
+    assert weighing.rules(*asked, nowhere, {}) == {"per": per}
+    assert not broadcast
+
+
+def test_a_search_that_missed_its_budget_leaves_nothing_in_the_way(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--kinds", "mamba_block", "--until", "parameters 8%", *TEXT, "--output", tmp_path / "p.json"]
+    said, _, _ = call("search", tiny, *options, "--steps", 1)
+    assert "is not reached" in said
+    assert not list(tmp_path.iterdir())
+    assert run("search", tiny, *options, "--steps", 4)["removals"]
+
+
+def test_a_budget_may_take_every_part_that_there_is(tmp_path: Path) -> None:
+    model = random_family(family="zamba2", layers=4, hidden_size=32, seed=0, vocab_size=60)
+    assert len(components(model, "mlp_channels")) == 3
+    assert removals(model, Stage(["mlp_channels", "mlp"], 0, group=32)) == 3 * 3 + 3
+
+
+def test_only_a_checkpoint_that_is_of_no_use_is_dropped(tmp_path: Path) -> None:
+    model, file = random_model("mamba2"), tmp_path / "part"
+    removal = {"component": "ssm:1"}
+    for text, steps, stays in (("decode 50%", 1, False), ("decode 50%", 2, True), ("decode 1%", 1, True)):
+        until = Budget(text=text, savings=weighed(model)).model_dump()
+        Plan(removals=[removal], stages=[Stage("ssm", steps)], provenance={"until": until}).save(file)
+        weighing.drop_missed(file)
+        assert file.exists() == stays
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--per", "flops", "--steps", "1"], "savings in 'flops' are unknown"),
-        (["--until", "decode 3"], "budget 'decode 3' is malformed"),
-        (["--per", "bytes", "--metric", "kl", "--steps", "1"], "metric 'kl' cannot be weighed"),
+        (["--kinds", "ssm", "--per", "flops", "--steps", "1"], "savings in 'flops' are unknown"),
+        (["--kinds", "ssm", "--until", "decode 3"], "budget 'decode 3' is malformed"),
+        (["--kinds", "ssm", "--per", "decode", "--metric", "kl", "--steps", "1"], "metric 'kl' cannot be weighed"),
+        (["--stages", "ssm: 9", "--per", "decode"], "9 removals of ssm were asked for, the model has 4"),
+        (["--kinds", "ssm"], "how much to remove of ssm: expected --steps or --until"),
+        (["--stages", "ssm: 1", "--steps", "2"], "--steps 2 goes with --kinds"),
     ],
 )
-def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, options: list[str], message: str) -> None:  # noqa: F811
-    said, out, _ = call("search", tiny, "--kinds", "ssm", *options, *TEXT, "--output", tmp_path / "p.json")
+def test_mistakes_are_one_line(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(component_costs, "savings", lambda *_, **__: pytest.fail("weighed before it was refused"))
+    said, out, _ = call("search", tiny, *options, *TEXT, "--output", tmp_path / "p.json")
     assert said.startswith("error: ")
     assert message in said
     assert "\n" not in said

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.mamba import modeling_mamba
 
 from shedder_utils import kernels
+from shedder_utils.hymba import HymbaConfig, HymbaForCausalLM
 from shedder_utils.kernels import patching, reference, scan_kernels, threads
 
 TOLERANCE = 1e-4
@@ -336,7 +337,14 @@ def zamba2():
     return model
 
 
-FAMILIES = [mamba, falcon_mamba, mamba2, zamba2]
+def hymba():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_memory_tokens": 4, "sliding_window": 6}
+    return HymbaForCausalLM(
+        HymbaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=6, intermediate_size=48, **heads)
+    )
+
+
+FAMILIES = [mamba, falcon_mamba, mamba2, zamba2, hymba]
 
 
 def build(family):
@@ -371,7 +379,7 @@ def test_models_equal_transformers_fallback(family):
 def test_cached_decoding_equals_the_whole_sequence(family):
     model = build(family)
     ids = torch.randint(3, 50, (2, 14))
-    cache_name = "past_key_values" if family is zamba2 else "cache_params"
+    cache_name = "past_key_values" if family in (zamba2, hymba) else "cache_params"
     with kernels.installed():
         whole = model(ids, use_cache=False).logits
         step = model(ids[:, :6], use_cache=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,11 @@ from shedder_utils.families import native
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
 KINDS = list(reference.CONFIGS)
+OF_MAMBA_SSM = ("mamba_ssm", "einops", "triton")
+WITHOUT_KERNELS = (
+    "needs mamba_ssm, though no GPU: pip install einops ninja triton wheel, then MAMBA_SKIP_CUDA_BUILD=TRUE "
+    "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1"
+)
 IDS = [3, 17, 44, 0, 9, 9, 31, 25, 2, 40, 12]
 MAMBA_2_8B = {
     "d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
@@ -54,6 +63,22 @@ def test_logits_are_those_of_the_plain_loops(kind: str, file: str, tied: bool, t
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, OF_MAMBA_SSM)), reason=WITHOUT_KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_mamba_ssm(kind: str, tmp_path: Path) -> None:
+    """Its own loader and model, with its functions in plain Python in the place of its kernels."""
+    tensors, ids = reference.random_tensors(kind), [*IDS, 7]  # 12 tokens are three whole chunks of Mamba-2's
+    folder = reference.write(tmp_path, kind, tensors, fused_add_norm=False)
+    script = Path(__file__).with_name("mamba_ssm_logits.py")
+    run = subprocess.run([sys.executable, script, folder, json.dumps(ids)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    theirs = torch.load(folder / "logits.pt")
+    with torch.no_grad():
+        ours = load(folder)(torch.tensor([ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    np.testing.assert_allclose(theirs.numpy(), reference.logits(kind, tensors, ids), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("kept", ["backbone.embedding.weight", "lm_head.weight"])
 def test_one_of_two_tied_tensors_is_enough(kept: str, tmp_path: Path) -> None:
     tensors = reference.random_tensors("Mamba1")
@@ -77,6 +102,18 @@ def test_half_precision_is_read_as_float32_on_a_cpu(tmp_path: Path) -> None:
     wanted = expected("Mamba2", tensors)
     np.testing.assert_allclose(logits(model), wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
     assert load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("in_fp32", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_residual_is_in_float32_where_the_checkpoint_says_so(
+    kind: str, in_fp32: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = reference.write(tmp_path, kind, reference.random_tensors(kind), residual_in_fp32=in_fp32)
+    model, seen = load(folder, dtype=torch.bfloat16), []
+    model.backbone.layers[1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    logits(model)
+    assert seen == [dtype]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def test_a_report_from_the_same_records_is_the_same(smoke_run: tuple[Path, list[
     before = {path: path.read_bytes() for path in [*shown, *output.glob("smoke/**/*.json")]}
     command = [sys.executable, "-m", "shedder_utils", "report", "--profile", "smoke", "--output", str(output)]
     report = subprocess.run(command, capture_output=True, text=True)
-    assert report.stdout == "".join(f"{path}\n" for path in shown)
+    assert json.loads(report.stdout) == {"profile": "smoke", "files": [str(path) for path in shown]}
+    assert report.stderr.endswith("".join(f"{path}\n" for path in shown))
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -73,10 +73,15 @@ def test_the_record_says_what_was_taken_over(output: Path) -> None:
     assert "taken_over" not in plan_of(output, "unlike").provenance
 
 
-def test_a_search_that_is_forced_is_made_in_full(profile: Path, output: Path, tmp_path: Path) -> None:
-    records.write(tmp_path, record_of(output, "first"))
-    plan = removal_order(Workbench(profile, MODEL, tmp_path, force=True), "second")
-    assert "taken_over" not in plan.provenance
+def test_a_search_that_lacks_a_count_can_be_taken_over(profile: Path, output: Path, tmp_path: Path) -> None:
+    record = record_of(output, "first")
+    assert record.plan is not None
+    provenance = {name: value for name, value in record.plan["provenance"].items() if name != "layer_runs_reused"}
+    records.write(tmp_path, record.model_copy(update={"plan": {**record.plan, "provenance": provenance}}))
+    plan, expected = removal_order(Workbench(profile, MODEL, tmp_path), "second"), plan_of(output, "second")
+    assert plan.provenance["taken_over"]["removals"] == 2
+    assert plan.components == expected.components
+    assert plan.provenance["layer_runs_reused"] == expected.provenance["layer_runs_reused"]
 
 
 def with_changes(request: Request, part: str, changes: dict[str, Any]) -> Request:

@@ -9,9 +9,11 @@ from typing import Any
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from typer.testing import CliRunner
 from world import AS_IN_THE_PAPER, RISES_AS_IN_THE_PAPER, World, small_profile
 
 from shedder_utils import profiles, recording, records, report
+from shedder_utils.__main__ import app
 from shedder_utils.errors import RecordError
 from shedder_utils.provenance import Code
 from shedder_utils.report.verify import verify
@@ -87,6 +89,14 @@ def test_a_finished_run_becomes_the_recorded_one(record, world, base):
     assert [cell.execution_count for cell in cells[1:]] == [1, 2]
     assert "| recorded |" in (base / "figures" / "small" / "table_1.md").read_text()
     assert not [finding for finding in verify(world.profile, world.root, base) if finding.level != "note"]
+
+
+def test_the_command_names_the_files_written(monkeypatch):
+    written = [Path("results", name) for name in ("one.json", "manifest.json")]
+    monkeypatch.setattr(recording, "record", lambda *_: written)
+    ran = CliRunner().invoke(app, ["record", "--profile", "small"])
+    assert ran.stderr == "".join(f"{file}\n" for file in written)
+    assert json.loads(ran.stdout) == {"profile": "small", "files": [str(file) for file in written]}
 
 
 def test_the_same_run_recorded_twice_leaves_the_same_bytes(record, world, base):

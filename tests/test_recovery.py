@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +130,7 @@ def test_every_adapter_has_a_gradient_and_shows_in_every_path(family: str, make:
             torch.nn.init.zeros_(tensor)
     for tensor in adapters.values():
         torch.nn.init.normal_(tensor, std=0.1)
+    assert kernels.active() == "shedder-numba"
     model.train()(tokens(model), use_cache=False).logits.square().mean().backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in adapters.values())
     adapted = paths(model)
@@ -237,6 +240,21 @@ def test_a_diverging_tuning_stops_with_one_line_and_keeps_the_best(tokenizer: An
     assert tuned.config.recovery["stopped"]
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_before_any_update_is_one_line(tokenizer: Any, monkeypatch: Any, loss: float) -> None:
+    monkeypatch.setattr(tuning.Tuning, "_held_out_loss", lambda self: loss)
+    with pytest.raises(ModelError, match=f"the held-out loss is {loss} before any update") as found:
+        recover(dense("mamba2"), tokenizer, ROWS, **SMALL)
+    assert "\n" not in str(found.value)
+
+
+def test_progress_shows_both_losses_and_the_time_left(tokenizer: Any, capsys: Any) -> None:
+    recover(dense("mamba2"), tokenizer, ROWS, **{**SMALL, "progress": True})
+    lines = re.findall(r"recover: [^\r\n]* (\d)/6 \[\d\d:\d\d<\d\d:\d\d, ([^\r\n]*)\]", capsys.readouterr().err)
+    assert {"2", "4", "6"} <= {step for step, _ in lines}
+    assert re.search(r"held_out_loss=\d[\d.]*, loss=\d", lines[-1][1])
+
+
 def test_patience_and_the_best_step(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted, kept = iter([3.0, 2.0, 2.5, 2.4, 1.0]), []
     monkeypatch.setattr(tuning.Tuning, "_held_out_loss", lambda self: next(scripted))
@@ -332,7 +350,7 @@ def test_what_the_loss_counts() -> None:
     torch.testing.assert_close(total, expected)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_the_papers(tokenizer: Any, tmp_path: Path) -> None:
     theirs = paper.hyperparameters()["recovery"]
     for method, model in (("full", "mamba2-2.7b"), ("lora", "zamba2-2.7b")):
         ours = Recipe.of(method=method)
@@ -343,6 +361,10 @@ def test_the_defaults_are_the_papers() -> None:
         )
     lora = theirs["zamba2-2.7b"]
     assert (ours.rank, ours.alpha, ours.targets) == (lora["r"], lora["alpha"], ("input", "output"))
+    assert (Recipe.of(method="full").patience, ours.patience) == (None, None)
+    rows = instructions(ROWS, tokenizer, max_length=64, held_out=4, seed=0)
+    optimizer = tuning.Tuning(dense("mamba"), ours, rows, tmp_path, None, progress=False).create_optimizer()
+    assert type(optimizer).__name__.lower() == theirs["optimizer"] == "adamw"
 
 
 @pytest.mark.parametrize(
@@ -467,6 +489,26 @@ def test_a_killed_study_goes_on(done: tuple[Path, dict[str, Any]], tmp_path: Pat
     assert {name: record.metrics for name, record in found.items()} == {
         name: record.metrics for name, record in done[1].items()
     }
+
+
+def test_a_tuning_is_kept_until_it_is_recorded(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def full(root: Path, record: records.Record) -> None:
+        raise RecordError("no space left on device")
+
+    monkeypatch.setattr(recovery_study, "scores_of", scores)
+    shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
+    place = records.path(tmp_path, "smoke", "recovery", "smoke-mamba2", "ssm_pruning_02_tuned")
+    place.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write", full)
+        with pytest.raises(RecordError, match="no space left"):
+            recovery_study.recovery(Workbench("smoke", "smoke-mamba2", tmp_path), 10)
+    monkeypatch.setattr(tuning.Tuning, "run", lambda *_: pytest.fail("trained again"))
+    recovery_study.recovery(Workbench("smoke", "smoke-mamba2", tmp_path), 10)
+    assert records.read(place).metrics == done[1]["ssm_pruning_02_tuned"].metrics
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def tuned_world(root: Path, back: float, rate: float) -> World:

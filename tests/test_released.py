@@ -9,10 +9,11 @@ from typing import Any
 import native_reference as reference
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
 
 from shedder_utils import Component, DataError, ModelError, Plan, PlanError, components, describe, paper, removed
-from shedder_utils.families import family_of, native, random_model
+from shedder_utils.families import native, random_model
+from shedder_utils.inventory import ratio
 from shedder_utils.loading import fingerprint, load_model
 from shedder_utils.removal import prune
 
@@ -79,6 +80,7 @@ def test_a_released_checkpoint_is_the_pruned_model(
         "removed": [str(component) for component in sorted_by_layer(gone)],
         "parameters": dense.num_parameters(),
         "dense": {"num_hidden_layers": 4} if blocks else {},
+        "layers": [{"layer": n} | ({"ssm": 0} if n in ssms else {}) for n in range(4) if n not in blocks],
     }
 
 
@@ -216,19 +218,27 @@ def full_size(**settings: Any) -> PreTrainedModel:
     return model
 
 
-def ratio(model: PreTrainedModel, gone: list[Component]) -> float:
+def full_size_zamba2() -> PreTrainedModel:
+    with torch.device("meta"):
+        model = Zamba2ForCausalLM(Zamba2Config(n_mamba_heads=80, num_mem_blocks=2))
+    model.tie_weights()
+    return model
+
+
+def percent(model: PreTrainedModel, plan: Plan) -> float:
     """Percent of the parameters that go, as the paper counts them."""
-    taken = sum(family_of(model).parameters(model, component) for component in gone)
-    return round(100 * taken / family_of(model).parameters_in_ratio(model, gone), 2)
+    return round(100 * ratio(model, plan.gone), 2)
 
 
 def test_the_papers_plans_have_the_papers_ratios() -> None:
     assert paper.plans() == ["mamba-2.8b", "mamba2-2.7b", "zamba2-2.7b-10", "zamba2-2.7b-15", "hymba-1.5b"]
     mamba, mamba2 = full_size(), full_size(ssm_cfg={"layer": "Mamba2"}, pad_vocab_size_multiple=16)
     plan = paper.plan("mamba-2.8b")
-    assert [ratio(mamba, plan.first(n).components) for n in (7, 14)] == [10.43, 20.86]
-    assert [ratio(mamba2, plan.first(n).components) for n in (7, 14)] == [10.42, 20.83]
-    assert ratio(mamba2, paper.plan("mamba2-2.7b").components) == 0.0
+    assert [percent(mamba, plan.first(n)) for n in (7, 14)] == [10.43, 20.86]
+    assert [percent(mamba2, plan.first(n)) for n in (7, 14)] == [10.42, 20.83]
+    assert percent(mamba2, paper.plan("mamba2-2.7b")) == 0.0
+    zamba2 = full_size_zamba2()
+    assert [percent(zamba2, paper.plan(f"zamba2-2.7b-{n}")) for n in (10, 15)] == [10.27, 15.48]
 
 
 def test_the_papers_plans_are_its_orders() -> None:
@@ -242,6 +252,20 @@ def test_the_papers_plans_are_its_orders() -> None:
     }  # fmt: skip
     with pytest.raises(DataError, match=r"no plan 'zamba2-2.7b': expected one of mamba-2.8b"):
         paper.plan("zamba2-2.7b")
+
+
+def test_hymbas_released_plan_removes_the_heads_of_a_model_of_its_depth() -> None:
+    """The oracle: output projections that are zero."""
+    model = random_model(family="hymba", layers=32, hidden_size=32, seed=1, vocab_size=45)
+    dense = logits(model)
+    with removed(model, paper.plan("hymba-1.5b").gone):
+        pruned = logits(model)
+    assert torch.equal(logits(model), dense)
+    assert not torch.allclose(pruned, dense, atol=1e-3)
+    with torch.no_grad():
+        for index in (2, 22, 15, 28, 10, 24, 26):
+            model.model.layers[index].mamba.out_proj.weight.zero_()
+    torch.testing.assert_close(pruned, logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_the_released_model_of_2_2_billion_has_its_parameters() -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.transforms import Bbox
 from world import (
     AS_IN_THE_PAPER,
     BLOCKS_1,
@@ -67,7 +68,7 @@ def test_values_land_in_their_cells_in_the_papers_units(world, tmp_path):
 
 def test_average_is_the_mean_of_seven_with_its_standard_error(world, tmp_path):
     frame = report.table(2, POCKET, world.root, tmp_path / "none").frame
-    seven = [cell(frame, "pocket-mamba", 8, column) for column in paper.column_metrics()]
+    seven = [cell(frame, "pocket-mamba", 8, column) for column in paper.columns()[1:-1]]
     average = cell(frame, "pocket-mamba", 8, "average")
     assert average["yours"] == pytest.approx(sum(one["yours"] for one in seven) / 7)
     assert average["yours_stderr"] == pytest.approx(math.sqrt(sum(one["yours_stderr"] ** 2 for one in seven)) / 7)
@@ -405,6 +406,40 @@ def test_at_a_glance_needs_no_records_and_shows_those_there_are(world, tmp_path)
     missing = dict(glance.not_run(POCKET, world.root).rows)
     assert "pocket-mamba (components)" in missing["Runs of inventory"]
     assert [row[1] for row in glance.errata().rows] == paper.errata()
+
+
+def test_figure_1_outlines_every_kind_of_the_inventories(tmp_path):
+    """Count, and each component's share of the 2,000,000 parameters; what lies in a component is drawn inside it."""
+    world = World(tmp_path, profiles.load("pocket"))
+    found = {
+        "pocket-mamba": {"mamba_block": (24, 1_800_000), "ssm": (24, 240_000)},
+        "pocket-zamba2": {"mamba_block": (18, 1_260_000), "ssm": (18, 90_000), "mha": (3, 120_000),
+                          "mlp": (3, 150_000), "transformer_block": (3, 300_000), "mlp_channels": (3, 150_000)},
+    }  # fmt: skip
+    for model, kinds in found.items():
+        metrics = {f"{kind}/count": Metric(value=count) for kind, (count, _) in kinds.items()}
+        metrics |= {f"{kind}/parameters": Metric(value=total) for kind, (_, total) in kinds.items()}
+        world.store("inventory", model, "components", metrics=metrics)
+    drawing = report.figure(1, world.profile, tmp_path)
+    assert [record.model.name for record in drawing.records] == list(found)
+    mamba, zamba2 = (axes for axes in drawing.figure.axes if axes.get_title())
+    assert mamba.get_title() == "pocket-mamba\n2,000,000 parameters"
+    assert list(outlines(mamba)) == ["Mamba block\n24 × 3.75%", "SSM\n24 × 0.50%"]
+    boxes = outlines(zamba2)
+    block, ssm, transformer, mha, mlp = boxes.values()
+    assert list(boxes) == [
+        "Mamba block\n18 × 3.50%", "SSM\n18 × 0.25%", "Transformer block\n3 × 5.00%", "MHA\n3 × 2.00%",
+        "MLP\n3 × 2.50%\nwhole, or by channels",
+    ]  # fmt: skip
+    for inner, outer in ((ssm, block), (mha, transformer), (mlp, transformer)):
+        assert Bbox.union([inner, outer]).bounds == outer.bounds
+    assert not any(one.overlaps(other) for one, other in ((block, transformer), (mha, mlp)))
+
+
+def outlines(axes) -> dict[str, Bbox]:
+    """The dashed boxes of a panel of figure 1, by what is written in them."""
+    dashed = [patch.get_bbox() for patch in axes.patches if not patch.get_fill()]
+    return {text.get_text(): box for text, box in zip(axes.texts, dashed, strict=True)}
 
 
 def test_figures_draw_the_papers_points_and_ours_on_shares_of_layers(world):

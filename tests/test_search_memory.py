@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from conftest import allocated
 from test_importances import MODELS
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -27,18 +25,6 @@ PAPER = MambaConfig(vocab_size=50_280, hidden_size=2560, num_hidden_layers=64, s
 @pytest.fixture(autouse=True, scope="module")
 def _our_scans() -> None:
     kernels.install()
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that some work has at once, beside those that were there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    now = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 def kept_bytes(sweep: Sweep) -> int:

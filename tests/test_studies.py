@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shedder_utils import ProfileError, RecordError, records, studies
+from shedder_utils import Plan, ProfileError, RecordError, beyond_study, records, studies
 from shedder_utils.workbench import Workbench
 
 KILLED = """
@@ -82,6 +83,31 @@ def test_a_killed_study_goes_on(done: tuple[Path, dict[int, records.Record]], tm
     assert len(results(tmp_path)) == written
     studies.pruning(Workbench("smoke", "smoke-mamba2", tmp_path), "ssm_pruning")
     assert results(tmp_path) == results(done[0])
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [lambda bench: studies.removal_order(bench, "ssm_pruning"), beyond_study.certainty],
+    ids=["order", "certainty"],
+)
+def test_a_search_is_kept_until_it_is_recorded(
+    run: Callable[[Workbench], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(root: Path, record: records.Record) -> None:
+        raise RecordError("no space left on device")
+
+    bench = Workbench("smoke", "smoke-mamba2", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write", full)
+        with pytest.raises(RecordError, match="no space left"):
+            run(bench)
+    (kept,) = tmp_path.rglob("*.part")
+    plan = Plan.load(kept)
+    assert len(plan) == sum(stage.steps for stage in plan.stages)
+    run(bench)
+    assert plan.scores in [Plan.model_validate(record.plan).scores for record in records.find(tmp_path)]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_record_that_was_edited_stops_the_study(done: tuple[Path, dict[int, records.Record]]) -> None:

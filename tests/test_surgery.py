@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
-from torch import Tensor
+from conftest import allocated, random_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
 from transformers.cache_utils import Cache
 
@@ -138,6 +138,11 @@ def step_by_step(model: PreTrainedModel, mask: Tensor, prompt: int = 7) -> tuple
     return torch.cat(parts, dim=1), output[held]
 
 
+def size(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
 def held_tensors(cache: Cache, *names: str) -> list[Tensor]:
     found = [getattr(layer, name, None) for layer in cache.layers for name in names]
     tensors = [t for part in found for t in (part.values() if isinstance(part, dict) else [part])]
@@ -192,6 +197,24 @@ def test_one_component_takes_what_is_dead_without_it(family: str) -> None:
             pruned = extract(model, plan_of(model, str(component)))
             dead = family_of(model).dead_parameters(model, component)
             assert model.num_parameters() - pruned.num_parameters() == dead, str(component)
+
+
+def test_a_plan_takes_what_the_formulas_say() -> None:
+    """Where nothing is shared: the sum over components of what is dead without each, or of its channels that go."""
+    plans = [(family, gone) for family in ("mamba", "falcon_mamba", "mamba2") for gone in (*MAMBA, ALL_BLOCKS)]
+    plans += [(family, gone) for family in ("zamba2", "zamba2_rope") for gone in ZAMBA2]
+    plans += [("hymba", gone) for gone in (HYMBA[0], *HYMBA[3:])]
+    for family, gone in plans:
+        model = build(family)
+        if "zamba2" in family:
+            untie(model)
+        plan, own = plan_of(model, gone), family_of(model)
+        parts = [cut for cut in plan.gone if cut.component.kind in PARTS]
+        expected = own.parameters_removed(model, parts)
+        expected += sum(own.dead_parameters(model, cut.component) for cut in plan.gone if cut not in parts)
+        if all(cut.component.kind == "mamba_block" for cut in plan.gone):
+            assert expected == own.parameters_removed(model, plan.gone)
+        assert model.num_parameters() - extract(model, plan).num_parameters() == expected, (family, gone)
 
 
 def test_keys_and_values_that_nobody_reads_are_not_made() -> None:
@@ -258,6 +281,23 @@ def test_generation(family: str, gone: str) -> None:
     assert beams.shape == greedy.shape
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("gone", MAMBA[1:])
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+def test_generation_without_ssms_is_that_of_the_uncached_forward(family: str, gone: str, batch: int) -> None:
+    model = build(family)
+    pruned = extract(model, plan_of(model, gone))
+    prompts = torch.randint(1, 97, (batch, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(prompts)
+    mask[1:, :4] = 0
+    settings = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    generated = pruned.generate(prompts, attention_mask=mask, **settings)
+    mask = torch.cat([mask, torch.ones(batch, 6, dtype=torch.int64)], dim=1)
+    with torch.no_grad():
+        forward = pruned(generated, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(forward[:, 8:-1].argmax(-1), generated[:, 9:])
+
+
 @pytest.mark.parametrize(("family", "gone"), SOME)
 def test_in_place_is_the_same_model(family: str, gone: str) -> None:
     model = build(family)
@@ -274,6 +314,28 @@ def test_in_place_is_the_same_model(family: str, gone: str) -> None:
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+HELD_ONCE = [
+    *SOME,
+    *((family, MAMBA[3]) for family in ("mamba", "falcon_mamba", "mamba2")),
+    *((f, " ".join(f"inner_channels:{i}/48 states:{i}/6" for i in range(6))) for f in ("mamba", "falcon_mamba")),
+    ("mamba2", " ".join(f"heads:{i}/2 states:{i}/12" for i in range(6))),
+    ("mamba2", " ".join(f"heads:{i}/2 ssm:{i}" for i in range(6))),
+    ("zamba2", " ".join(f"heads:{i}/2 states:{i}/12" for i in range(7))),
+    ("zamba2", " ".join(f"mlp_channels:{i}/40" for i in range(4))),
+    ("hymba", " ".join(f"attention:{i} mlp_channels:{i}/40" for i in range(8))),
+]
+
+
+@pytest.mark.parametrize(("family", "gone"), HELD_ONCE)
+def test_in_place_never_holds_two_copies_of_a_layer(family: str, gone: str) -> None:
+    """Beside what a plan adds, where it parts layers that shared a block."""
+    model, pruned = build(family), []
+    plan = plan_of(model, gone)
+    largest = max(map(size, family_of(model).layers(model)))
+    peak = allocated(lambda: pruned.append(extract(copy.deepcopy(model), plan, inplace=True)))
+    assert peak - size(model) < largest + max(0, size(pruned[0]) - size(model))
+
+
 def test_shared_blocks_stay_shared() -> None:
     pruned = extract(build("zamba2"), plan_of(build("zamba2"), "mlp_channels:0/16 mamba_block:0 mha:1"))
     blocks = [layer.shared_transformer for layer in pruned.model.layers if hasattr(layer, "shared_transformer")]
@@ -286,7 +348,7 @@ def test_shared_blocks_stay_shared() -> None:
 
 
 @pytest.mark.parametrize(("family", "gone"), SOME)
-def test_extracted_models_train_and_change_precision(family: str, gone: str) -> None:
+def test_extracted_models_train(family: str, gone: str) -> None:
     pruned = extract(build(family), plan_of(build(family), gone)).train()
     optimizer = torch.optim.SGD(pruned.parameters(), lr=1e-3)
     losses = []
@@ -297,9 +359,17 @@ def test_extracted_models_train_and_change_precision(family: str, gone: str) -> 
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    half = copy.deepcopy(pruned).eval().to(torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert logits(half).isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("family", "gone"), SOME)
+def test_extracted_models_change_precision(family: str, gone: str, dtype: torch.dtype, tolerance: float) -> None:
+    pruned = extract(build(family), plan_of(build(family), gone))
+    wanted = logits(pruned)
+    pruned = pruned.half() if dtype == torch.float16 else pruned.to(dtype)
+    assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
+    assert error(logits(pruned), wanted) < tolerance
+    assert error(step_by_step(pruned, torch.ones_like(IDS))[0], wanted) < tolerance
 
 
 def test_masking_is_noticed() -> None:
@@ -379,6 +449,29 @@ def test_a_saved_model_is_read_back_bit_for_bit(family: str, gone: str, dtype: t
     if family == "mamba":  # without the package's own way of saving too
         again.save_pretrained(tmp_path / "again")
         assert fingerprint(load_model(tmp_path / "again", dtype=dtype, tokenizer=False)[0]) == fingerprint(pruned)
+
+
+@pytest.mark.parametrize(
+    ("family", "gone", "left"),
+    [
+        ("mamba2", "ssm:3 mamba_block:1 states:4/8", [{}, None, {}, {"ssm": 0}, {"states": 8}, {}]),
+        (
+            "zamba2",
+            "mamba_block:0 mamba_block:3 mha:1 mlp_channels:2/16 heads:6/2 states:6/8",
+            [None, {}, {}, {"mamba_block": 0, "mha": 0}, {"mlp_channels": 16}, {}, {"heads": 2, "states": 8}],
+        ),
+        ("hymba", HYMBA[3], [{}, None, None, {}, {}, None, {}, {}]),
+    ],
+)
+def test_the_configuration_says_what_is_left_of_each_layer(
+    family: str, gone: str, left: list[dict[str, int] | None], tmp_path: Path
+) -> None:
+    model = build(family)
+    save_pruned(extract(model, plan_of(model, gone)), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    layers = [{"layer": number} | parts for number, parts in enumerate(left) if parts is not None]
+    assert settings["pruned"]["layers"] == layers
+    assert settings["num_hidden_layers"] == len(layers)
 
 
 def test_the_model_card_says_what_went_and_what_is_left(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from world import AS_IN_THE_PAPER, BLOCKS_1, OTHER_WAY_ROUND, RISES_AS_IN_THE_PA
 
 from shedder_utils import manifest, profiles, records, report
 from shedder_utils.__main__ import app
-from shedder_utils.plan import Plan
+from shedder_utils.plan import Plan, Removal
 from shedder_utils.profiles import Profile, Strategy
 from shedder_utils.records import Metric, Record
 from shedder_utils.report import comparison
@@ -212,7 +212,51 @@ def test_another_order_from_the_same_inputs_fails_unless_a_stated_tie_explains_i
     replaced(yours, SEARCH, plan=swapped(yours, ties=1))
     found = verify(profile, yours.root, base)
     assert not fatal(found)
-    assert any("a tie that the searches state" in finding.what for finding in found)
+    assert any("a tie within rounding" in finding.what for finding in found)
+
+
+@pytest.mark.parametrize(("removals", "explained"), [(2, True), (1, False)])
+def test_a_tie_in_what_was_taken_over_is_stated_elsewhere(project, yours, removals, explained):
+    profile, base = project
+    replaced(yours, SEARCH, plan=swapped(yours, ties=0, taken_over={"study": "other", "removals": removals}))
+    assert (not fatal(verify(profile, yours.root, base))) == explained
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "dtype", "provenance", "tied"),
+    [
+        (2.0, 2.00003, "float32", {"metric": "perplexity", "ties": 1}, True),
+        (2.0, 2.00006, "float32", {"metric": "perplexity", "ties": 1}, False),
+        (2.0, 2.006, "bfloat16", {"metric": "perplexity", "ties": 1}, True),
+        (2.0, 2.012, "bfloat16", {"metric": "perplexity", "ties": 1}, False),
+        (0.05, 0.050015, "float32", {"metric": "kl", "ties": 1}, True),
+        (0.05, 0.050015, "float32", {"metric": "kl", "ties": 0}, False),
+        (0.05, 0.050025, "float32", {"metric": "kl", "ties": 1}, False),
+        (0.05, 0.050002, "float32", {"metric": "taylor"}, True),
+        (0.05, 0.050015, "float32", {"metric": "taylor"}, False),
+    ],
+)
+def test_a_tie_is_one_within_rounding(yours, ours, theirs, dtype, provenance, tied):
+    run = records.read(records.path(yours.root, "small", *SEARCH))
+    model = run.model.model_copy(update={"dtype": dtype})
+
+    def found(component: str, score: float) -> Record:
+        plan = Plan(removals=[Removal(component=component, score=score)], provenance=provenance)
+        return run.model_copy(update={"model": model, "plan": plan.model_dump(mode="json")})
+
+    parted = comparison.order(found("ssm:1", ours), found("ssm:2", theirs))
+    assert parted == ("removal 1 is ssm:1 here, ssm:2 recorded", tied)
+
+
+def test_divergences_differ_by_nats_and_not_by_their_share(yours):
+    run = records.read(records.path(yours.root, "small", *SEARCH))
+
+    def dense(score: float) -> Record:
+        plan = Plan(dense_score=score, provenance={"metric": "kl"})
+        return run.model_copy(update={"plan": plan.model_dump(mode="json")})
+
+    assert not list(comparison.numbers(dense(2e-9), dense(0.0)))
+    assert list(comparison.numbers(dense(2e-3), dense(0.0)))
 
 
 def test_another_order_from_other_weights_is_no_failure(project, yours):
@@ -220,7 +264,7 @@ def test_another_order_from_other_weights_is_no_failure(project, yours):
     for file in yours.root.glob("small/*/pocket-mamba/*.json"):
         record = records.read(file)
         model = record.model.model_copy(update={"fingerprint": "a" * 64})
-        plan = swapped(yours) if record.plan and record.study == "block_pruning" else record.plan
+        plan = swapped(yours, ties=0) if record.plan and record.study == "block_pruning" else record.plan
         replaced(yours, (record.study, "pocket-mamba", record.setting), model=model, plan=plan)
     found = verify(profile, yours.root, base)
     assert not fatal(found)
@@ -361,7 +405,11 @@ def test_the_command_fails_only_on_what_is_broken(monkeypatch, level, code):
     monkeypatch.setattr("shedder_utils.report.verify.verify", lambda *_: [Finding(level, "here", "something")])
     result = CliRunner().invoke(app, ["verify"])
     assert result.exit_code == code
-    assert "here: something" in result.output
+    assert "here: something" in result.stderr
+    assert json.loads(result.stdout) == {
+        "profile": "pocket", "broken": bool(code),
+        "findings": [{"level": level, "where": "here", "what": "something"}],
+    }  # fmt: skip
 
 
 def test_what_is_committed_is_whole(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,10 @@ from ..errors import DataError, ModelError
 from .options import Device, Dtype, Model, Tokenizer, finish, loaded, say, weights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..benchmark import Timings
+    from ..evaluation import Scores
 
 Output = Annotated[Path | None, typer.Option(help="A JSON file for the results.", show_default=False)]
 
@@ -43,6 +47,33 @@ def evaluate_model(
     finish({"model": model, "parameters": scored.num_parameters(), "scores": scores}, output)
 
 
+def scores_in(file: Path, model: PreTrainedModel) -> Scores:
+    """What `evaluate --output` wrote of this model. Raises DataError for any other file, and for another model's."""
+    from ..evaluation import Score
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        scored = content["parameters"]
+        scores = {
+            (task, metric): Score(_number(score["value"]), _number(score["stderr"]), score["n"])
+            for task, found in content["scores"].items()
+            for metric, score in found.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"scores {file} cannot be read ({error!r}): expected what evaluate --output writes") from error
+    if scored != model.num_parameters():
+        raise DataError(
+            f"scores {file} are of a model with {scored} parameters, this one has {model.num_parameters()}: "
+            "evaluate what this plan leaves"
+        )
+    return scores
+
+
+def _number(value: float | None) -> float:
+    """NaN for null, which stands for it in JSON."""
+    return math.nan if value is None else value
+
+
 def benchmark_models(
     models: Annotated[list[str], typer.Argument(help="The dense model, then those to compare with it.")],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that prefill reads.", min=1)] = 512,
@@ -53,8 +84,11 @@ def benchmark_models(
     device: Device = "cpu",
     dtype: Dtype = "",
 ) -> None:
-    """Time models against the first of them, interleaved: prefill and decode, with the interval of each speedup."""
-    from ..benchmark import benchmark
+    """Time models against the first of them, interleaved: prefill and decode, each speedup beside the ideal.
+
+    "again" is the first model's second run, which should be as fast as its first.
+    """
+    from ..benchmark import AGAIN, benchmark
 
     if len(models) < 2 or len(set(models)) < len(models):
         raise ModelError(f"benchmark: {', '.join(models)}: expected a dense model and others to compare with it")
@@ -62,18 +96,14 @@ def benchmark_models(
         {ref: weights(ref, device, dtype) for ref in models},
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches, batch_size=batch_size,
     )  # fmt: skip
-    finish({"dense": models[0], "models": {ref: _phases(timings, ref) for ref in models}}, output)
+    found = {"dense": models[0], "models": {ref: _measured(timings, ref) for ref in models}}
+    finish({**found, "again": _measured(timings, models[0] + AGAIN)}, output)
 
 
-def _phases(timings: Timings, model: str) -> dict[str, Any]:
-    """Median milliseconds and speedup of a model, by phase."""
-    phases = {}
-    for phase, seconds in timings.seconds[model].items():
-        speedup = timings.speedup(model, phase)
-        phases[phase] = {
-            "ms": 1e3 * median(seconds), "speedup": speedup.value, "low": speedup.low, "high": speedup.high
-        }  # fmt: skip
-    return phases
+def _measured(timings: Timings, model: str) -> dict[str, Any]:
+    """Of a model: by phase quartiles in milliseconds ("ms" is the median), the speedup, and the ideal; peak memory."""
+    rows = timings.table().drop(columns="peak_mib").rename(columns={"ms_median": "ms"}).loc[model]
+    return {**rows.to_dict("index"), "peak_mib": timings.peak_mib.get(model)}
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate_model, "benchmark": benchmark_models}

@@ -40,6 +40,7 @@ def plan_profile(
             "profile": settings.name, "runs": len(schedule.steps), "left": len(schedule.left),
             "download_gb": sum(plan.downloads.values()), "disk_gb": plan.disk_gb, "hours": devices,
             "minutes_as_recorded": None if seconds is None else seconds / 60, "jobs": [asdict(j) for j in plan.jobs],
+            "not_counted": plan.not_counted,
         }
     )  # fmt: skip
 
@@ -61,8 +62,19 @@ def _lines(plan: CostPlan) -> Iterator[str]:
     yield f"{'all':20} {'':20} {'':16} {'':7} {sum(job.flops for job in plan.jobs) / 1e15:9.3g} {'':6}{total}"
     yield "passes: of Algorithm 1, one for each candidate of each step, at most where one kind takes from another"
     yield f"hours: at {EFFICIENCY:.0%} of a device's peak arithmetic, {BANDWIDTH:.0%} of its memory traffic"
+    if plan.not_counted:
+        yield f"hours do not count what is timed or listed: {', '.join(plan.not_counted)}"
+    yield from _memory(plan)
     yield from _found(plan)
     yield f"to do: {plan.schedule.summary()}"
+
+
+def _memory(plan: CostPlan) -> Iterator[str]:
+    """How the memory of each model's largest search adds up."""
+    searches = [job for job in plan.jobs if job.memory is not None]
+    for model in dict.fromkeys(job.model for job in searches):
+        largest = max((job for job in searches if job.model == model), key=lambda job: job.gib)
+        yield f"memory of {model}, {largest.study}: {largest.memory}"
 
 
 def _hours(needed: float, there: float, hours: float) -> str:

@@ -10,11 +10,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ..components import KINDS, PARTS
 from ..errors import PlanError
 from ..plan import Plan, Stage
 from . import weighing
+from .measuring import scores_in
 from .options import Device, Dtype, Model, Tokenizer, finish, loaded, say, stages_of, weights
 from .weighing import Batches, NewTokens, Per, PromptTokens, Until
+
+METRICS = ("perplexity", "kl", "block_influence", "taylor", "magnitude", "random")
+"""Those of `search.METRICS`, which is slow to import."""
 
 
 def search_plan(
@@ -25,10 +30,19 @@ def search_plan(
     output: Annotated[Path, typer.Option(help="The JSON file for the plan.")],
     stages: Annotated[
         str,
-        typer.Option(help='What competes and how many go: "mamba_block & mlp: 3 + mlp_channels: 20 x 1024 + ssm: 4".'),
+        typer.Option(
+            help='What competes and how many go: "mamba_block & mlp: 3 + mlp_channels: 20 x 1024 + ssm: 4"; after the '
+            "x, how many parts go at a time."
+        ),
     ] = "",
-    kinds: Annotated[str, typer.Option(help="For a single stage: the kinds that compete, separated by commas.")] = "",
-    steps: Annotated[int, typer.Option(help="For a single stage: how many removals.", min=0)] = 0,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help=f"For a single stage: the kinds that compete, separated by commas. There are {', '.join(KINDS)}. "
+            f"{', '.join(PARTS)} go 1024 parts at a time here; --stages takes another number, 'heads: 4 x 2'."
+        ),
+    ] = "",
+    steps: Annotated[int, typer.Option(help="With --kinds: how many removals.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="How many texts are drawn.", min=1)] = 256,
     sequence_length: Annotated[int, typer.Option(help="Tokens of each sequence.", min=2)] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences of each batch.", min=1)] = 2,
@@ -36,7 +50,9 @@ def search_plan(
     method: Annotated[str, typer.Option(help='"fast" (one sweep a step) or "plain" (Algorithm 1), the same plan.')] = (
         "fast"
     ),
-    metric: Annotated[str, typer.Option(help="What is measured; others than perplexity are baselines.")] = "perplexity",
+    metric: Annotated[
+        str, typer.Option(help=f"What is measured: {', '.join(METRICS)}; others than perplexity are baselines.")
+    ] = "perplexity",
     one_shot: Annotated[
         bool, typer.Option("--one-shot", help="Rank every candidate once, in the dense model.")
     ] = False,
@@ -70,15 +86,15 @@ def search_plan(
     """
     from .. import distributed
     from ..calibration import calibrate
-    from ..removal import components
+    from ..candidates import removals
     from ..search import search
 
-    wanted = stages_of(_one_stage(stages, kinds, steps))
+    wanted = stages_of(_one_stage(stages, kinds, steps, until))
     device = distributed.start(device)
     try:
         dense, its_tokenizer = loaded(model, device, dtype, tokenizer)
         if until and kinds and not steps:
-            wanted = [Stage(stage.kinds, len(components(dense, stage.kinds))) for stage in wanted]
+            wanted = [Stage(stage.kinds, removals(dense, stage)) for stage in wanted]
         settings = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed}
         data = calibrate(calibration, its_tokenizer, **settings)
         part = output.with_name(f".{output.name}.part")
@@ -86,12 +102,16 @@ def search_plan(
         if first:
             say(f"searching on {data.tokens} tokens" + (f", going on from {part}" if part.exists() else ""))
         timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batches": batches}
-        pool = [kind for stage in wanted for kind in stage.kinds]
-        rules = weighing.rules(dense, pool, per, until, part, timing)
-        plan = search(
-            dense, data, wanted, method=method, metric=metric, one_shot=one_shot, memory_gib=memory_gib,
-            checkpoint=part, progress=first, **rules,
-        )  # fmt: skip
+        rules = weighing.rules(dense, wanted, metric, per, until, part, timing)
+        try:
+            plan = search(
+                dense, data, wanted, method=method, metric=metric, one_shot=one_shot, memory_gib=memory_gib,
+                checkpoint=part, progress=first, **rules,
+            )  # fmt: skip
+        except PlanError:
+            if first:
+                weighing.drop_missed(part)
+            raise
         if first:
             plan.save(output)
             part.unlink()
@@ -109,6 +129,9 @@ def extract_model(
     portable: Annotated[
         bool, typer.Option("--portable", help="Loads without this package: SSMs stay in the file as scans that idle.")
     ] = False,
+    scores: Annotated[
+        Path | None, typer.Option(help="For the model card: what `evaluate --output` wrote of this smaller model.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "",
 ) -> None:
@@ -120,7 +143,7 @@ def extract_model(
     pruned = weights(model, device, dtype)
     before = pruned.num_parameters()
     pruned = extract(pruned, wanted, inplace=True)
-    save_pruned(pruned, folder, portable=portable)
+    save_pruned(pruned, folder, portable=portable, scores=None if scores is None else scores_in(scores, pruned))
     finish(
         {
             "folder": str(folder), "removed": [str(cut) for cut in wanted.gone],
@@ -170,10 +193,14 @@ def recover_model(
     finish({"folder": str(output), "parameters": tuned.num_parameters(), "recovery": tuned.config.recovery})
 
 
-def _one_stage(stages: str, kinds: str, steps: int) -> str:
+def _one_stage(stages: str, kinds: str, steps: int, until: str) -> str:
     """The stages as text, whichever way they were given."""
     if bool(stages) == bool(kinds):
         raise PlanError("what to remove: expected one of --stages and --kinds with --steps")
+    if stages and steps:
+        raise PlanError(f"--steps {steps} goes with --kinds: --stages say how many go themselves, as in 'ssm: 4'")
+    if kinds and not steps and not until:
+        raise PlanError(f"how much to remove of {kinds}: expected --steps or --until")
     return stages or f"{kinds}: {steps}"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import PlanError
-from ..plan import Plan
+from ..plan import Plan, Stage
 from ..savings import MEASURED, UNITS, Budget, Savings, wanted
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ Per = Annotated[
 ]
 Until = Annotated[
     str,
-    typer.Option(help='Stop as soon as so much is saved: "parameters 10%", "decode 1.3x". Needs no number of steps.'),
+    typer.Option(
+        help='Stop as soon as so much is saved: "parameters 10%", "decode 1.3x". With --kinds it takes the place of '
+        "--steps; --stages say how many may go at most."
+    ),
 ]
 PromptTokens = Annotated[int, typer.Option(help="For timing and bytes: tokens of the prompt.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="For timing: tokens after it.", min=2)]
@@ -32,25 +35,46 @@ Batches = Annotated[int, typer.Option(help="For timing: rounds that count.", min
 
 
 def rules(
-    model: PreTrainedModel, kinds: Iterable[str], per: str, until: str, begun: Path, timing: dict[str, Any]
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    metric: str,
+    per: str,
+    until: str,
+    begun: Path,
+    timing: dict[str, Any],
 ) -> dict[str, Any]:
     """`per` and `until` as `search` takes them; a search that goes on keeps the savings that it began with.
 
     begun: the file of a search that was stopped, if it is there; timing: see `component_costs.savings`.
-    Raises PlanError for an unknown unit and a malformed budget.
+    Raises PlanError, before anything is timed, for an unknown unit, a malformed budget, a metric that cannot be
+    weighed, and stages that ask for more than there is.
     """
+    from ..candidates import check_stages
     from ..component_costs import savings
     from ..distributed import on_first
 
     if per and per not in UNITS:
         raise PlanError(f"savings in {per!r} are unknown: expected one of {', '.join(UNITS)}")
+    if per and metric != "perplexity":
+        raise PlanError(f"search metric {metric!r} cannot be weighed against {per}: expected perplexity")
     units = dict.fromkeys(unit for unit in (per, wanted(until)[0] if until else "") if unit)
-    known = _begun_with(begun) if units else {}
+    check_stages(model, stages)
+    known = on_first(lambda: _begun_with(begun)) if units else {}
     missing = [unit for unit in units if unit not in known]
     if missing:
+        kinds = [kind for stage in stages for kind in stage.kinds]
         known |= on_first(lambda: savings(model, kinds, missing, **timing))
     found: dict[str, Any] = {"per": known[per]} if per else {}
     return found | ({"until": Budget(text=until, savings=known[wanted(until)[0]])} if until else {})
+
+
+def drop_missed(file: Path) -> None:
+    """Delete a search's checkpoint that has made all its removals and missed its budget: nothing can go on from it."""
+    made = Plan.load(file) if file.exists() else Plan()
+    until = made.provenance.get("until")
+    whole = len(made) == sum(stage.steps for stage in made.stages)
+    if until and whole and not Budget.model_validate(until).reached(made.gone):
+        file.unlink()
 
 
 def _begun_with(file: Path) -> dict[str, Savings]:

@@ -92,14 +92,17 @@ class FinerKinds(Family):
 
     def pruned_mixers(self, model: PreTrainedModel, components: Mapping[Component, int]) -> dict[int, nn.Module]:
         """By layer, mixers without what components (as for `substitutions`) take from inside them."""
-        found: dict[int, nn.Module] = {}
+        inside: dict[int, dict[str, int]] = defaultdict(dict)
         for component, kept in components.items():
-            kind, index = component.kind, component.index
-            if kind == "ssm" or kind in WIDTHS:
-                mixer = found[index] if index in found else self.mixer(model, index)
-                without = self.mixer_without_ssm(mixer) if kind == "ssm" else narrow(mixer, first(mixer, kind, kept))
-                found[index] = without
-        return found
+            if component.kind == "ssm" or component.kind in WIDTHS:
+                inside[component.index][component.kind] = kept
+        return {index: self._pruned_mixer(self.mixer(model, index), kept) for index, kept in inside.items()}
+
+    def _pruned_mixer(self, mixer: nn.Module, kept: dict[str, int]) -> nn.Module:
+        """The mixer with so many parts of each kind; those that stay are copied once, for all kinds together."""
+        if "ssm" in kept:
+            mixer = self.mixer_without_ssm(mixer)
+        return narrow(mixer, first(mixer, kept)) if kept.keys() - {"ssm"} else mixer
 
     def channels(self, model: PreTrainedModel, kind: str = "mlp_channels") -> int:
         if kind not in WIDTHS:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -99,15 +99,18 @@ class Kept:
     states: Tensor | None = None
 
 
-def first(mixer: Any, kind: str, kept: int) -> Kept:
-    """The first `kept` of a mixer's inner channels, heads or states: the same number in each group."""
-    if kind == "inner_channels":
-        return Kept(inner=torch.arange(kept))
-    groups = getattr(mixer, "n_groups", 1)
-    if kind == "states":
-        return Kept(states=_in_each(torch.arange(kept).expand(groups, -1), mixer.ssm_state_size))
-    heads = torch.arange(kept // groups).expand(groups, -1)
-    return _with_channels(mixer, _in_each(heads, mixer.num_heads // groups))
+def first(mixer: Any, kept: Mapping[str, int]) -> Kept:
+    """The first of a mixer's inner channels, heads and states, as many as `kept` says: equally many in each group."""
+    found, groups = Kept(), getattr(mixer, "n_groups", 1)
+    if "inner_channels" in kept:
+        found = Kept(inner=torch.arange(kept["inner_channels"]))
+    if "heads" in kept:
+        heads = torch.arange(kept["heads"] // groups).expand(groups, -1)
+        found = _with_channels(mixer, _in_each(heads, mixer.num_heads // groups))
+    if "states" in kept:
+        states = torch.arange(kept["states"]).expand(groups, -1)
+        found = replace(found, states=_in_each(states, mixer.ssm_state_size))
+    return found
 
 
 def strongest_first(mixer: Any, kind: str) -> Kept:

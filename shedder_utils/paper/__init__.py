@@ -54,11 +54,6 @@ def columns() -> list[str]:
     return list(_content()["columns"])
 
 
-def column_metrics() -> dict[str, str]:
-    """The lm-eval metric that each of the seven accuracies is."""
-    return dict(_content()["tasks"]["metric_seven"])
-
-
 def accuracies(model: str) -> list[str]:
     """The accuracies whose mean is the average in the tables of a model: five for Hymba (table 4), seven for others."""
     row = next(row for table in range(1, 6) for row in rows(table) if row.labels["model"] == model)

@@ -30,6 +30,8 @@ FOLDER = Path(__file__).parent
 INVENTORY, DENSE, SPEED, RECOVERY = "inventory", "dense", "speed", "recovery"
 """The names of the studies beside the pruning studies: what models hold, how they score as they are, how fast they are
 with parts removed, and tuned again."""
+SEARCH, SAVINGS = "search", "savings"
+"""Of a pruning study, the records of its search and of what components save, as that search weighs them."""
 
 
 class RandomModel(_Settings):

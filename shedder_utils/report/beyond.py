@@ -6,7 +6,6 @@ are timed in one run, so that accuracies stand beside times that can be compared
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from ..records import Metric, Record
 from ..savings import MEASURED, Savings
 from .evidence import Z95
 from .rendering import DASH, Table
-from .runs import Runs, error_of
+from .runs import Runs, error_of, error_of_sum
 from .speed import PHASES, Measured
 from .tables import text_of
 
@@ -229,7 +228,7 @@ def _against(point: Point, rival: Point | None) -> dict[str, object]:
     if rival is None or "average" not in point.scores:
         return {"rival": DASH, **dict.fromkeys(names), "verdict": "no rival" if point.times else "not run"}
     ours, theirs = point.scores["average"], rival.scores["average"]
-    difference, error = ours.value - theirs.value, math.hypot(error_of(ours), error_of(theirs))
+    difference, error = ours.value - theirs.value, error_of_sum((1, -1), (ours, theirs))
     clear = abs(difference) > Z95 * error
     verdict = "not told apart" if not clear else "ahead" if difference > 0 else "behind"
     found = (rival.n_removed, theirs.value, difference, error)

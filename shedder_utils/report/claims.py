@@ -1,4 +1,4 @@
-"""Verdicts: whether the records bear out what the paper says in words .
+"""Verdicts: whether the records bear out what the paper says in words.
 
 Each claim has a function in `CHECKS`. Those here compare two models after the same share of removals; those in
 `granularities.py` and `recovery.py` compare states of one model, and those in `speed.py` times.

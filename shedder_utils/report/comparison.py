@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..plan import Plan
 from ..records import Metric, Record
 from ..savings import MEASURED
+from ..statistics import ROUNDING
 from .runs import error_of
 
-ROUNDING = {"float32": 2e-5, "float64": 2e-12}
-"""By how much of them two tied scores may differ on two machines: twice what `search` calls a tie."""
-HALF = 1e-2
-"""The same for half precision."""
 SAME = 1e-4
 """By how much of it a number without standard error may differ between machines."""
 TIMES = ("/seconds", "/low", "/high", "/peak_mib")
@@ -116,13 +113,20 @@ def _scores(yours: Record, recorded: Record) -> Iterator[str]:
     if plans[0].components != plans[1].components:
         return
     for n, (ours, theirs) in enumerate(zip(plans[0].scores, plans[1].scores, strict=True)):
-        if ours is not None and theirs is not None and not math.isclose(ours, theirs, rel_tol=SAME):
+        if ours is not None and theirs is not None and not _near(ours, theirs, SAME, plans[1]):
             yield f"score after {n} removals: {ours:.6g} here, {theirs:.6g} recorded"
             return
 
 
+def _near(ours: float, theirs: float, tolerance: float, plan: Plan) -> bool:
+    """Whether two scores differ by no more than a tolerance: a share of them, or nats where the metric is in nats."""
+    if plan.provenance.get("metric") == "kl":
+        return math.isclose(ours, theirs, rel_tol=0, abs_tol=tolerance)
+    return math.isclose(ours, theirs, rel_tol=tolerance)
+
+
 def order(yours: Record, recorded: Record) -> tuple[str, bool] | None:
-    """Where two searches part, and whether a tie that they state explains it; None if they never do.
+    """Where two searches part, and whether a tie within rounding explains it; None if they never do.
 
     After a tie the searches go different ways, so only the first difference is judged.
     """
@@ -130,11 +134,28 @@ def order(yours: Record, recorded: Record) -> tuple[str, bool] | None:
     ours, theirs = (plan.removals for plan in plans)
     for n, (own, other) in enumerate(zip(ours, theirs, strict=False), 1):
         if (own.component, own.kept) != (other.component, other.kept):
-            close = HALF if "16" in recorded.model.dtype else ROUNDING.get(recorded.model.dtype, SAME)
-            stated = any(plan.provenance.get("ties", 0) for plan in plans)
-            known = own.score is not None and other.score is not None
-            tied = stated and known and math.isclose(own.score or 0, other.score or 0, rel_tol=close)
+            tied = _tied(plans, n, 2 * ROUNDING[recorded.model.dtype])
             return f"removal {n} is {own.component} here, {other.component} recorded", tied
     if len(ours) != len(theirs):
         return f"the order has {len(ours)} removals here, {len(theirs)} recorded", False
     return None
+
+
+def _tied(plans: Sequence[Plan], n: int, rounding: float) -> bool:
+    """Whether removal n, in which two plans part, has scores as close as those of a tie on two machines.
+
+    rounding: of measured scores, twice what `search` calls a tie, and one of the searches has to state that it met one;
+    where a removal is taken over, the search that it comes from states that. What is estimated rounds like any number.
+    """
+    ours, theirs = (plan.removals[n - 1].score for plan in plans)
+    if ours is None or theirs is None:
+        return False
+    if not any("ties" in plan.provenance for plan in plans):
+        return _near(ours, theirs, max(SAME, rounding), plans[1])
+    stated = any(plan.provenance.get("ties") or n <= _taken_over(plan) for plan in plans)
+    return stated and _near(ours, theirs, rounding, plans[1])
+
+
+def _taken_over(plan: Plan) -> int:
+    """How many of a plan's removals are another search's."""
+    return int(plan.provenance.get("taken_over", {}).get("removals", 0))

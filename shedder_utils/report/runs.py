@@ -13,7 +13,7 @@ from .. import records
 from ..errors import PlanError, RecordError
 from ..files import in_project
 from ..plan import Plan
-from ..profiles import Profile
+from ..profiles import SEARCH, Profile
 from ..records import Metric, Record
 from ..statistics import paired_error
 
@@ -65,7 +65,7 @@ class Runs:
 
     def search(self, study: str, model: str) -> Record | None:
         """The record of a study's search."""
-        return self.at(study, model, "search")
+        return self.at(study, model, SEARCH)
 
     def plan(self, study: str, model: str) -> Plan | None:
         """The removals that a study's search found. Raises RecordError for a record that holds none."""
@@ -115,7 +115,7 @@ class Runs:
 
     def layers(self, model: str) -> int | None:
         """How many layers the dense model has, as far as a search or the profile says."""
-        plans = [self._plan(self._records.get((study, model, "search"))) for study in self.profile.studies]
+        plans = [self._plan(self._records.get((study, model, SEARCH))) for study in self.profile.studies]
         settings = self.profile.models[model].random
         return next((int(plan.model["layers"]) for plan in plans if plan), settings.layers if settings else None)
 

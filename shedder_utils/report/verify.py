@@ -203,7 +203,7 @@ def _pair(yours: Record, recorded: Record) -> Iterator[Finding]:
             what, tied = parted
             same = yours.inputs == recorded.inputs
             level: Level = "broken" if same and not tied else "differs"
-            reason = "a tie that the searches state" if tied else explained
+            reason = "a tie within rounding" if tied else explained
             yield Finding(level, place_of(yours), f"{what}; {reason}")
     differing = list(comparison.numbers(yours, recorded))
     if differing:

@@ -44,7 +44,8 @@ def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 
             arguments = ["--profile", str(profile), *(chosen if command in ("plan", "run") else [])]
             arguments += ["--output", str(folder / "runs")] if command != "plan" else []
             started = time.perf_counter()
-            finished = subprocess.run([sys.executable, "-m", "shedder_utils", command, *arguments], env=environment)
+            run = [sys.executable, "-m", "shedder_utils", command, *arguments]
+            finished = subprocess.run(run, env=environment, stdout=subprocess.DEVNULL)
             print(f"{command}: {duration(time.perf_counter() - started)}, {len(hub.requests)} requests", flush=True)
             if finished.returncode:
                 problems.append(f"{command} ended with {finished.returncode}")
