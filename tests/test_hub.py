@@ -17,6 +17,7 @@ import datasets
 import huggingface_hub
 import lm_eval.tasks
 import pytest
+import transformers.utils.hub
 import yaml
 from hub.__main__ import derived, rehearse
 from hub.models import FALCON_WORDS, NATIVE, VOCABULARY, build_models
@@ -90,6 +91,7 @@ def lead_to(hub: Hub, patch: pytest.MonkeyPatch, cache: Path) -> None:
     patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "hub"))
+    patch.setattr(transformers.utils.hub, "_hf_api", None)  # one made before would ask the real Hub, again and again
     patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
 
