@@ -46,6 +46,7 @@ def through(model: PreTrainedModel, layer: nn.Module, stack: dict[T, Variant]) -
     for bit what a full pass does.
     """
     after: dict[T, Variant] = {}
+    made = 0
     for group in _groups(stack):
         before = [stack.pop(owner) for owner in group]
         rows, runs = len(before[0].stream["hidden"]), [variant.runs for variant in before]
@@ -53,9 +54,10 @@ def through(model: PreTrainedModel, layer: nn.Module, stack: dict[T, Variant]) -
         del before
         stream = family_of(model).step(model, layer, stream)
         cost = layer_cost(layer) * rows
+        made += cost * len(group)
         for place, owner in enumerate(group):
             after[owner] = Variant(_rows(stream, place * rows, rows), runs[place] + cost)
-    return after, sum(layer_cost(layer) * len(variant.stream["hidden"]) for variant in after.values())
+    return after, made
 
 
 def set_aside(variants: dict[T, Variant]) -> dict[T, Variant]:
