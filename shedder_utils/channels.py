@@ -20,11 +20,13 @@ def order_channels(model: PreTrainedModel, kind: str = "mlp_channels") -> None:
 
     kind: "mlp_channels", or what the mixers of this model have of inner channels, heads and states, which are sorted by
     the rows that make x and its gate, or B and C. The model computes the same, to rounding. Optional before a search,
-    as in the authors' release for Hymba. Raises PlanError for a model without MLPs, or without that kind.
+    as in the authors' release for Hymba; a plan found after it fits only a model so ordered, so the model's
+    configuration says that it is (`ordered_parts`). Raises PlanError for a model without MLPs, or without that kind.
     """
     family = family_of(model)
     if isinstance(family, FinerKinds) and kind in family.finer and components(model, kind):
         family.order_parts(model, kind)
+        _mark(model, kind)
         return
     if kind != "mlp_channels":
         raise PlanError(f"this {model.config.model_type} model has no {kind!r} that could be ordered")
@@ -37,3 +39,8 @@ def order_channels(model: PreTrainedModel, kind: str = "mlp_channels") -> None:
         for rows in (*mlp.gate_up, *mlp.others):
             rows.copy_(rows[order])
         mlp.down.copy_(mlp.down[:, order])
+    _mark(model, kind)
+
+
+def _mark(model: PreTrainedModel, kind: str) -> None:
+    model.config.ordered_parts = sorted({*getattr(model.config, "ordered_parts", []), kind})

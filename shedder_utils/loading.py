@@ -100,7 +100,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a plan keeps of the model it was made for."""
+    """What a plan keeps of the model it was made for; "ordered" only where parts were (`channels.order_channels`)."""
+    ordered = getattr(model.config, "ordered_parts", [])
     return {
         "ref": model.config._name_or_path,
         "type": model.config.model_type,
@@ -108,6 +109,7 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(model),
+        **({"ordered": ordered} if ordered else {}),
     }
 
 

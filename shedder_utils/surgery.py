@@ -120,6 +120,12 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
                 f"the plan is for a model with {name} {plan.model[name]}, this one has {value}: "
                 f"load {plan.model.get('ref') or 'the model of the plan'}"
             )
+    ordered, wanted = getattr(model.config, "ordered_parts", []), plan.model.get("ordered", [])
+    if plan.model and ordered != wanted:
+        raise PlanError(
+            f"the plan is for a model with {' and '.join(wanted) or 'nothing'} ordered, this one has "
+            f"{' and '.join(ordered) or 'nothing'}: order_channels(model, kind) before extract() as before search()"
+        )
 
 
 def _check_portable(model: PreTrainedModel, own: Iterable[Component]) -> None:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shedder_utils import Calibration, Component, Plan, PlanError, Stage, components, perplexity, removed, search
+from shedder_utils import (
+    Calibration,
+    Component,
+    Plan,
+    PlanError,
+    Stage,
+    components,
+    extract,
+    load_model,
+    perplexity,
+    removed,
+    save_pruned,
+    search,
+)
 from shedder_utils.channels import order_channels
 from shedder_utils.components import Cut
 from shedder_utils.families import family_of, random_model
@@ -64,6 +80,19 @@ def test_ordering_decides_which_channels_go(model: PreTrainedModel) -> None:
     order_channels(model)
     with removed(model, gone):
         assert (logits(model) - last).abs().max() > 1e-3
+
+
+def test_a_plan_fits_only_models_ordered_alike(model: PreTrainedModel, few: Calibration, tmp_path: Path) -> None:
+    as_it_was, group = copy.deepcopy(model), WIDTH[model.config.model_type] // 4
+    unordered = search(as_it_was, few, Stage("mlp_channels", 1, group), progress=False)
+    order_channels(model)
+    plan = search(model, few, Stage("mlp_channels", 2, group), progress=False)
+    with pytest.raises(PlanError, match=r"with mlp_channels ordered, this one has nothing: order_channels\(model"):
+        extract(as_it_was, plan)
+    with pytest.raises(PlanError, match="with nothing ordered, this one has mlp_channels"):
+        extract(model, unordered)
+    save_pruned(extract(model, plan), tmp_path)
+    assert perplexity(load_model(tmp_path, tokenizer=False)[0], few) == pytest.approx(plan.scores[-1], rel=1e-5)
 
 
 def test_models_without_mlps_are_refused() -> None:
