@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.logging import set_tqdm_hook
 
 from . import adapters, hub, kernels
 from .components import Component, Cut
@@ -43,6 +44,8 @@ PUBLISHED_TOKENIZER = {
     "hymba": "nvidia/Hymba-1.5B-Base",
 }
 """The Hub id of the tokenizer that the published models of each type were trained with."""
+BAR_AFTER_S = 5
+"""How many seconds a model fills before a progress bar shows."""
 PRUNED_TYPE = "pruned_"
 """Before the model type in the configuration of a pruned model that stock transformers has no class for."""
 
@@ -237,12 +240,17 @@ def _ssms_renumbered(gone: Collection[Cut]) -> list[Component]:
 def _filled(
     from_pretrained: Callable[..., Any], source: str | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model with what tensors there are, and what `from_pretrained` says of them, in place of its warnings."""
+    """A model with what tensors there are, and what `from_pretrained` says of them, in place of its warnings.
+
+    Its progress bar shows where the filling takes long, and leaves no line behind.
+    """
     reports = logging.getLogger("transformers.modeling_utils")
     disabled, reports.disabled = reports.disabled, True
+    before = set_tqdm_hook(lambda bar, given, named: bar(*given, **{**named, "delay": BAR_AFTER_S, "leave": False}))
     try:
         return from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     finally:
+        set_tqdm_hook(before)
         reports.disabled = disabled
 
 

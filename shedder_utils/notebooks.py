@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
 
 FOLDER = ROOT / "notebooks"
+KERNEL_OPTIONS = ["--HistoryManager.hist_file=:memory:", "--IPKernelApp.log_level=ERROR"]
+"""Nothing is kept of what a kernel executes; that its loopback is not encrypted is no news."""
+NO_WIDGETS = "ignore:IProgress not found"
+"""Progress bars of a run are lines on stderr."""
 
 
 def run(
@@ -157,11 +161,11 @@ def _kernel(threads: int | None = None) -> Iterator[KernelManager]:
     """
     from jupyter_client.manager import KernelManager
 
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    environment = {"PYTHONWARNINGS": NO_WIDGETS} | os.environ
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     kernel = KernelManager(kernel_name="python3")
-    kernel.start_kernel(
-        cwd=str(ROOT), env=environment, extra_arguments=["--HistoryManager.hist_file=:memory:"]
-    )  # fmt: skip
+    kernel.start_kernel(cwd=str(ROOT), env=environment, extra_arguments=KERNEL_OPTIONS)
     try:
         yield kernel
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,24 @@ def test_a_tie_is_one_within_rounding(yours, ours, theirs, dtype, provenance, ti
 
     parted = comparison.order(found("ssm:1", ours), found("ssm:2", theirs))
     assert parted == ("removal 1 is ssm:1 here, ssm:2 recorded", tied)
+
+
+@pytest.mark.parametrize(("score", "ties", "tied"), [(2.8000, 1, True), (2.8000, 0, False), (2.8005, 1, False)])
+def test_candidates_that_cost_as_much_for_what_they_save_are_tied_whatever_their_scores(yours, score, ties, tied):
+    run = records.read(records.path(yours.root, "small", *SEARCH))
+
+    def found(component: str, score: float, saved: float) -> Record:
+        plan = Plan(
+            dense_score=2.0,
+            removals=[Removal(component="ssm:0", score=2.0), Removal(component=component, score=score)],
+            provenance={"metric": "perplexity", "one_shot": False, "ties": ties, "per": {"unit": "parameters"},
+                        "saved": {"parameters": [100.0, 100.0 + saved]}},
+        )  # fmt: skip
+        return run.model_copy(update={"plan": plan.model_dump(mode="json")})
+
+    theirs = found("ssm:2", 2.0 * math.sqrt(1.4), 50.0)
+    parted = comparison.order(found("ssm:1", score, 100.0), theirs)
+    assert parted == ("removal 2 is ssm:1 here, ssm:2 recorded", tied)
 
 
 def test_divergences_differ_by_nats_and_not_by_their_share(yours):

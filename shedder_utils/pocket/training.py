@@ -248,10 +248,11 @@ class Training:
 
 
 def curves(names: Iterable[str]) -> pd.DataFrame:
-    """The training curves of pocket models: one row for each point, with the model's name."""
+    """The training curves of the pocket models among some: one row for each point, with the model's name."""
     points = [
         {"model": name, **point}
         for name in names
+        if name in RECIPES
         for point in json.loads((POCKET / "models" / name / "training.json").read_text())["curve"]
     ]
     return pd.DataFrame(points)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..plan import Plan
 from ..records import Metric, Record
-from ..savings import MEASURED
+from ..savings import MEASURED, standing
 from ..statistics import ROUNDING
 from .runs import error_of
 
@@ -153,7 +153,23 @@ def _tied(plans: Sequence[Plan], n: int, rounding: float) -> bool:
     if not any("ties" in plan.provenance for plan in plans):
         return _near(ours, theirs, max(SAME, rounding), plans[1])
     stated = any(plan.provenance.get("ties") or n <= _taken_over(plan) for plan in plans)
+    if "per" in plans[1].provenance:
+        return stated and _as_dear(plans, n, rounding)
     return stated and _near(ours, theirs, rounding, plans[1])
+
+
+def _as_dear(plans: Sequence[Plan], n: int, rounding: float) -> bool:
+    """Whether the removals n of two plans raise the loss as much for each unit that they save, within rounding."""
+    prices, savings = [], []
+    for plan in plans:
+        provenance = plan.provenance
+        before, score = plan.scores[0 if provenance["one_shot"] else n - 1], plan.scores[n]
+        saved = [0.0, *provenance["saved"][provenance["per"]["unit"]]]
+        assert before is not None
+        assert score is not None
+        savings.append(saved[n] - saved[n - 1])
+        prices.append(standing(math.log(score / before), savings[-1])[0])
+    return abs(prices[0] - prices[1]) <= rounding * sum(1 / saving for saving in savings) / 2
 
 
 def _taken_over(plan: Plan) -> int:
