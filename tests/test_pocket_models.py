@@ -29,8 +29,13 @@ def test_a_model_is_what_its_recipe_makes(name: str) -> None:
 
 
 def test_all_models_saw_the_same_tokens() -> None:
-    last = curves(NAMES).groupby("model").last()
+    last = curves(["state-spaces/mamba-2.8b", *NAMES]).groupby("model").last()
+    assert list(last.index) == sorted(NAMES)
     assert last["tokens"].nunique() == 1
+
+
+def test_models_that_were_not_trained_here_have_no_curve() -> None:
+    assert curves(["state-spaces/mamba-2.8b"]).empty
 
 
 @pytest.mark.parametrize(
