@@ -34,14 +34,23 @@ NO_WIDGETS = "ignore:IProgress not found"
 """Progress bars of a run are lines on stderr."""
 
 
+class NotebookError(ShedderError):
+    """A notebook failed. where: its name and cell; why: the last line of what went wrong; target: as far as it ran."""
+
+    def __init__(self, where: str, why: str, target: Path) -> None:
+        super().__init__(f"{where}: {why}; see {target}")
+        self.why = why
+
+
 def run(
     profile: str, *, models: Sequence[str] = (), studies: Sequence[str] = (), output: str | Path = "runs"
 ) -> list[Path]:
     """Execute the notebooks of some studies, or all; return the tables and figures they leave.
 
     profile: a name or a path; models: names in it, none for all; output: the folder for records, tables, figures and
-    executed notebooks. A pruning study that no notebook shows is computed before them. Raises ProfileError for a model
-    or study that the profile does not have, and ShedderError for a notebook that fails, with its last line.
+    executed notebooks. A pruning study that no notebook shows is computed before them. A notebook that fails does not
+    keep the others from running, unless the next one fails in the same way. Raises ProfileError for a model or study
+    that the profile does not have, and in the end ShedderError if notebooks failed, with the last line of the first.
     """
     settings = profiles.load(profile)
     _known("model", models, settings.models)
@@ -58,8 +67,11 @@ def run(
     parameters = {"profile": profile, "models": ",".join(models), "output": str(output)}
     with choosing(models, what):
         _compute(unshown, schedule, output)
-        _execute_stale(chosen, schedule, parameters)
-    return report.build(profile, output)
+        failures = _execute_stale(chosen, schedule, parameters)
+    built = report.build(profile, output)
+    if failures:
+        raise ShedderError(f"{len(failures)} of {len(chosen)} notebooks failed; the first: {failures[0]}")
+    return built
 
 
 def computed(profile: Profile, models: Sequence[str] = (), studies: Sequence[str] = ()) -> list[str]:
@@ -97,8 +109,11 @@ def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> No
                 pruning(Workbench(profile, model, output), name)
 
 
-def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters: dict[str, str]) -> None:
-    """Execute those notebooks that a new run would change: what they show is not recorded, or was made from other."""
+def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters: dict[str, str]) -> list[str]:
+    """Execute those notebooks that a new run would change: what they show is not recorded, or was made from other.
+
+    Returns how some failed.
+    """
     settings, left = schedule.profile, set(schedule.left)
     folder = in_project(parameters["output"]) / "notebooks" / settings.name
     wanted = {file: made_from(file, settings, parameters) for file in chosen}
@@ -109,20 +124,31 @@ def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters:
     ]
     if not stale:
         print(f"Nothing to do: all runs are recorded, and the notebooks in {folder} show them.", file=sys.stderr)
-        return
+        return []
+    failures: list[NotebookError] = []
     with _kernel(settings.threads) as kernel:
         for number, file in enumerate(stale, 1):
             print(f"[{number}/{len(stale)}] {file.stem}", file=sys.stderr, flush=True)
-            execute(file, folder / file.name, parameters, kernel)
-            mark(folder / file.name, wanted[file])
+            try:
+                execute(file, folder / file.name, parameters, kernel)
+            except NotebookError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                again = bool(failures) and failures[-1].why == error.why
+                failures.append(error)
+                if again or not kernel.is_alive():
+                    break
+            else:
+                mark(folder / file.name, wanted[file])
+    return list(map(str, failures))
 
 
 def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: KernelManager | None = None) -> None:
     """Execute one notebook into `target`, from the project's root, in a running kernel or one of its own.
 
-    Raises ProfileError for a parameter that it does not have, ShedderError with the last line of what went wrong.
+    Raises ProfileError for a parameter that it does not have, NotebookError with the last line of what went wrong.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     known = papermill.inspect_notebook(str(notebook))
@@ -148,8 +174,12 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
-        what = f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}"
-        raise ShedderError(f"{what}; see {target}") from error
+        raise NotebookError(
+            f"{notebook.name}, cell {error.exec_count}", f"{error.ename}: {error.evalue}", target
+        ) from error
+    except DeadKernelError as error:
+        why = "its Python process ended, as one does that takes more memory than there is"
+        raise NotebookError(notebook.name, why, target) from error
     _tidy(target)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,9 @@ from .profiles import Profile
 from .records import DataFacts, ModelFacts, Outcome, Record, Request, recorded
 from .removal import removed
 from .schedule import report_progress
+
+_ON_ACCELERATOR: WeakSet[Workbench] = WeakSet()
+"""The workbench whose model is on the accelerator, if one is."""
 
 
 class Workbench:
@@ -45,6 +49,7 @@ class Workbench:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        self._take_accelerator()
         settings = self.profile.models[self.name]
         if settings.random is not None:
             kernels.install()
@@ -58,9 +63,25 @@ class Workbench:
             raise ProfileError(f"profile {self.profile.name}: model {self.name} has no tokenizer, studies need one")
         return model, tokenizer
 
+    def _take_accelerator(self) -> None:
+        """Set the model aside that another workbench has on the accelerator: one at a time is what `plan` counts on."""
+        if self.profile.device == "cpu" or self in _ON_ACCELERATOR:
+            return
+        for other in _ON_ACCELERATOR:
+            other._move("cpu")
+        _ON_ACCELERATOR.clear()
+        _ON_ACCELERATOR.add(self)
+        self._move(self.profile.device)
+
+    def _move(self, device: str) -> None:
+        """Move the model, if it is loaded."""
+        if "_loaded" in vars(self):
+            self._loaded[0].to(device)
+
     @property
     def model(self) -> PreTrainedModel:
-        """The dense model, loaded when first asked for."""
+        """The dense model, loaded when first asked for; other workbenches' models leave the accelerator to it."""
+        self._take_accelerator()
         return self._loaded[0]
 
     @property

@@ -100,6 +100,13 @@ def test_notebooks_share_a_process_but_no_names(tmp_path: Path) -> None:
     assert cell.outputs[0]["data"]["text/plain"] == "(False, True)"
 
 
+@pytest.mark.parametrize("model", ["smoke-mamba2", "smoke-hymba"])
+def test_the_first_notebook_takes_a_model_of_any_family(tmp_path: Path, model: str) -> None:
+    parameters = {"profile": "smoke", "models": model, "output": str(tmp_path)}
+    notebooks.execute(FILES[0], tmp_path / "executed.ipynb", parameters)
+    assert len(list(tmp_path.glob(f"smoke/dense/{model}/*.json"))) == 2
+
+
 def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no parameter 'profil'"):
         notebooks.execute(FILES[0], tmp_path / "out.ipynb", {"profil": "smoke"})

@@ -6,12 +6,13 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from world import World, small_profile
 
-from shedder_utils import freshness, notebooks, profiles, records, studies
+from shedder_utils import ShedderError, freshness, notebooks, profiles, records, studies
 from shedder_utils.profiles import Profile
 from shedder_utils.schedule import Schedule, Step, choosing, report_progress, steps
 
@@ -164,6 +165,26 @@ def test_a_second_run_does_nothing_and_says_so(run, world, capsys):
     assert "To do: nothing" in first
     assert run() == []
     assert "Nothing to do: all runs are recorded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("reasons", "tried"), [(("one", "other"), 3), (("the same", "the same"), 2), (("one",), 3)])
+def test_a_notebook_that_fails_does_not_keep_the_others_from_running(run, monkeypatch, capsys, reasons, tried):
+    left, executed = list(reasons), []
+    shutil.copy(notebooks.FOLDER / "02_ssms.ipynb", notebooks.FOLDER / "03_ssms_again.ipynb")
+
+    def failing(notebook: Path, target: Path, *_: Any) -> None:
+        executed.append(notebook.stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(notebook, target)
+        if left:
+            raise notebooks.NotebookError(notebook.name, left.pop(0), target)
+
+    monkeypatch.setattr(notebooks, "execute", failing)
+    monkeypatch.setattr(notebooks, "_kernel", lambda *_: nullcontext(SimpleNamespace(is_alive=lambda: True)))
+    with pytest.raises(ShedderError, match=f"{len(reasons)} of 3 notebooks failed; the first: 01_blocks.ipynb: "):
+        run()
+    assert len(executed) == tried
+    assert capsys.readouterr().err.count("error: ") == len(reasons)
 
 
 def test_what_changed_or_is_missing_runs_again(run, world, tmp_path):

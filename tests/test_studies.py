@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
-from shedder_utils import Plan, ProfileError, RecordError, beyond_study, records, studies
+from shedder_utils import Plan, ProfileError, RecordError, beyond_study, profiles, records, studies
 from shedder_utils.workbench import Workbench
 
 KILLED = """
@@ -126,3 +127,14 @@ def test_unknown_models_and_studies_are_refused(tmp_path: Path) -> None:
         Workbench("smoke", "pocket-mamba", tmp_path)
     with pytest.raises(ProfileError, match="no study 'layer_pruning'"):
         studies.pruning(Workbench("smoke", "smoke-mamba", tmp_path), "layer_pruning")
+
+
+def test_one_model_at_a_time_is_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = []
+    profile = profiles.load("smoke").model_copy(update={"device": "cuda"})
+    benches = {name: Workbench(profile, name, tmp_path) for name in ("smoke-mamba", "smoke-mamba2")}
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: moves.append((model.config.model_type, device)))
+    for name in ("smoke-mamba", "smoke-mamba", "smoke-mamba2", "smoke-mamba2", "smoke-mamba"):
+        assert benches[name].tokenizer is not None
+        assert benches[name].model.config.model_type == name.removeprefix("smoke-")
+    assert moves == [("mamba", "cpu"), ("mamba2", "cpu"), ("mamba", "cuda")]
