@@ -1,7 +1,8 @@
 """The rehearsal (`make rehearse`): the paper profile from beginning to end against the stand-in, by the same commands.
 
 What differs from `make reproduce PROFILE=paper` is a copy of the profile with a limit on items and the CPU as device,
-on which float16 would be slow, and two variables of the environment: HF_ENDPOINT, and HF_HOME for an empty cache.
+on which float16 would be slow, and two variables of the environment: HF_ENDPOINT, and HF_HOME for an empty cache. With
+--quick also calibration and prose are short, and then it takes a quarter of an hour rather than hours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,17 +28,19 @@ from .server import Hub
 from .texts import build_data
 
 COMMANDS = ("plan", "run", "report", "verify")
+SHORTER = {"samples": 16, "alpaca": 16, "wikitext-2": 16, "sequence_length": 32}
+"""In a quick rehearsal: how many times fewer texts are drawn, of each source, and shorter sequences made of them."""
 
 
-def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 2) -> list[str]:
+def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 2, quick: bool = False) -> list[str]:
     """Run everything in `folder`, or what an earlier call left there; what went wrong, in lines, none if nothing did.
 
-    models, studies: only these of the profile, separated by commas. limit: items per task.
+    models, studies: only these of the profile, separated by commas. limit: items per task. quick: with short texts.
     """
     if not (folder / "files").exists():
         build_models(folder / "files")
         build_data(folder / "files")
-    profile, chosen = derived(folder / "paper.yaml", limit), ["--models", models, "--studies", studies]
+    profile, chosen = derived(folder / "paper.yaml", limit, quick), ["--models", models, "--studies", studies]
     problems = []
     with Hub(folder / "files") as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
@@ -71,13 +75,24 @@ def passes_amiss(plan: CostPlan, runs: Path) -> list[str]:
     return found
 
 
-def derived(file: Path, limit: int) -> Path:
+def derived(file: Path, limit: int, quick: bool = False) -> Path:
     """A copy of the paper profile for this machine."""
     content = yaml.safe_load((profiles.FOLDER / "paper.yaml").read_text())
+    if quick:
+        _shorten(content)
     content |= {"device": "cpu", "dtype": "float32"}
     content["evaluation"]["limit"] = limit
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
+
+
+def _shorten(settings: Any) -> None:
+    """Divide the numbers that `SHORTER` names, wherever they stand."""
+    for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
+        if isinstance(value, dict | list):
+            _shorten(value)
+        elif name in SHORTER:
+            settings[name] = value // SHORTER[name]
 
 
 def _print_summary(runs: Path) -> None:
@@ -100,12 +115,15 @@ def main() -> None:
     parser.add_argument("--models", default="")
     parser.add_argument("--studies", default="")
     parser.add_argument("--limit", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="with a few short texts to calibrate on: minutes")
     parser.add_argument("--folder", type=Path, help="keep everything here, and go on from it")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
         folder = options.folder or Path(temporary)
-        problems = rehearse(folder, models=options.models, studies=options.studies, limit=options.limit)
+        problems = rehearse(
+            folder, models=options.models, studies=options.studies, limit=options.limit, quick=options.quick
+        )
     print(f"rehearsal: {duration(time.perf_counter() - started)}", *(problems or ["nothing went wrong"]), sep="\n")
     sys.exit(bool(problems))
 

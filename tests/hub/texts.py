@@ -26,8 +26,8 @@ def sentence(rng: random.Random) -> str:
 
 
 def some(rng: random.Random) -> str:
-    """Half the text of a row of the real instructions or prose: enough that 64 of them make a sequence."""
-    return " ".join(sentence(rng) for _ in range(rng.randint(3, 5)))
+    """Nearly as much text as a row of the real instructions or prose has: a study's draws need it."""
+    return " ".join(sentence(rng) for _ in range(rng.randint(5, 8)))
 
 
 def instruction(rng: random.Random) -> Row:
