@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
 from .errors import DataError
+from .importance import finite
 from .pocket.tasks import TASKS, task_configs
+from .removal import is_masked
 from .statistics import packed
 
 if TYPE_CHECKING:
@@ -60,13 +63,14 @@ def evaluate(
     """Score a model with lm-eval, zero-shot, on pocket tasks or lm-eval's own.
 
     limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one.
-    Raises DataError for a task that does not exist, or whose data cannot be read.
+    Raises DataError for a task that does not exist, or whose data cannot be read, and ModelError where the logits of a
+    model that is not masked are no numbers, for lm-eval would score them all the same.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     loaded = _loaded(tuple(tasks))
-    with _quick():
+    with _quick(), nullcontext() if is_masked(model) else _refusing_overflow(model):
         harness = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **AS_THE_PAPER
         )  # fmt: skip
@@ -132,6 +136,20 @@ def _items(samples: list[dict[str, Any]], metric: str) -> str | None:
 
 def _stderr(value: float | str) -> float:
     return float("nan") if value == "N/A" else float(value)
+
+
+@contextmanager
+def _refusing_overflow(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the first batch of logits that are not all finite raises ModelError."""
+
+    def check(_: object, __: object, output: Any) -> None:
+        finite(model, output.logits.mean(dtype=torch.float32).item(), "the mean logit")
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ B batch, L tokens, S sequences, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .distributed import gathered, mine
+from .errors import ModelError
+from .removal import is_masked
 
 LOGITS_AT_ONCE = 2**25
 """How many logits there are at once: 128 MiB in float32."""
@@ -97,12 +100,27 @@ MEASURES: dict[str, type[Measure]] = {"perplexity": Perplexity, "kl": Divergence
 
 
 def perplexity(model: PreTrainedModel, calibration: Calibration) -> float:
-    """The calibration perplexity of a model, from losses in float32 or better; inf if a loss is not a number.
+    """The calibration perplexity of a model, from losses in float32 or better.
 
-    Under torchrun every rank has to call it, and gets the same.
+    Under torchrun every rank has to call it, and gets the same. Where a loss is not a number it is inf for a masked
+    model, which lacks too much; raises ModelError for any other.
     """
     measure = Perplexity()
-    return measure.score(full_pass(model, calibration, measure))
+    found = measure.score(full_pass(model, calibration, measure))
+    return found if is_masked(model) else finite(model, found, "the perplexity")
+
+
+def finite(model: PreTrainedModel, value: float, what: str) -> float:
+    """`value`, which was computed with a model. Raises ModelError, with what it is, where it is no finite number."""
+    if math.isfinite(value):
+        return value
+    advice = (
+        "float16 is too narrow for it, choose dtype bfloat16 or float32"
+        if model.dtype == torch.float16
+        else "its weights or logits are not finite, look at the checkpoint it was loaded from"
+    )
+    name, dtype = model.config._name_or_path or model.config.model_type, str(model.dtype).removeprefix("torch.")
+    raise ModelError(f"{what} of {name} in {dtype} is {value}, expected a finite number: {advice}")
 
 
 def full_pass(model: PreTrainedModel, calibration: Calibration, measure: Measure) -> Tensor:

@@ -15,6 +15,7 @@ B batch, L tokens, C candidates, S sequences, D model width.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from .calibration import Calibration
 from .components import Cut
 from .distributed import gathered, mine
 from .families import Stream, family_of
-from .importance import logits, tokens_at_once
+from .importance import finite, logits, tokens_at_once
 from .removal import removed
 
 Ranking = Callable[[PreTrainedModel, Calibration, Sequence[Cut], int], Tensor]
@@ -119,12 +120,14 @@ def _over_batches(
     candidates: Sequence[Cut],
     of_batch: Callable[[Tensor], dict[Cut, Tensor]],
 ) -> Tensor:
-    """(C, S) from what is found (B,) for each candidate on each batch."""
+    """(C, S) from what is found (B,) for each candidate on each batch. Raises ModelError where one is not finite."""
     found = {}
     for number, batch in mine(calibration.batches):
         values = of_batch(batch.to(model.device))
         found[number] = torch.stack([values[candidate] for candidate in candidates]).cpu()
-    return torch.cat(gathered(found), dim=1)
+    everything = torch.cat(gathered(found), dim=1)
+    finite(model, everything.abs().max().item(), "the greatest importance")
+    return everything
 
 
 def _step(model: PreTrainedModel, index: int, stream: Stream) -> Stream:
@@ -161,9 +164,9 @@ def _slope_at_head(head: nn.Linear, states: Tensor, ids: Tensor) -> Tensor:
         with torch.enable_grad():
             loss = cross_entropy(logits(head, part), targets, reduction="sum")
         slopes.append(torch.autograd.grad(loss, part)[0])
-    slope = torch.zeros_like(states)
-    slope[:, :-1] = torch.cat(slopes).view(len(states), -1, states.shape[-1]) / (ids.shape[1] - 1)
-    return slope
+    slope = torch.zeros_like(states, dtype=torch.promote_types(states.dtype, torch.float32))
+    slope[:, :-1] = torch.cat(slopes).view(len(states), -1, states.shape[-1])
+    return slope.div_(ids.shape[1] - 1)
 
 
 def _slope_before(model: PreTrainedModel, index: int, before: Stream, slope: Stream) -> Stream:
@@ -179,6 +182,16 @@ def _leaves(stream: Stream) -> Stream:
 
 
 def _gradients(outputs: list[Tensor], slopes: list[Tensor], leaves: Stream) -> Stream:
-    """Gradients by name, where there are any."""
-    found = torch.autograd.grad(outputs, list(leaves.values()), slopes, allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    """Gradients by name, where there are any, in float32 or better.
+
+    On their way back through a layer they are scaled by a power of two, so that the largest is about 1: they are small,
+    and float16 would round many of them to zero.
+    """
+    scale = 2.0 ** math.frexp(max(slope.abs().max().item() for slope in slopes))[1]
+    scaled = [(slope / scale).to(output.dtype) for slope, output in zip(slopes, outputs, strict=True)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), scaled, allow_unused=True)
+    return {
+        name: gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * scale
+        for name, gradient in zip(leaves, found, strict=True)
+        if gradient is not None
+    }

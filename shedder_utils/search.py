@@ -31,7 +31,7 @@ from .components import Cut
 from .distributed import mine, on_first, rank, ranks
 from .errors import PlanError
 from .families import family_of
-from .importance import MEASURES, Measure, evaluating, full_pass
+from .importance import MEASURES, Measure, evaluating, finite, full_pass
 from .inventory import parameters_removed
 from .loading import identity
 from .plan import COUNTS, Plan, Removal, Stage
@@ -76,7 +76,7 @@ def search(
     Each removal's score is that of a full pass; see `Plan` for what it is. Ties go to the lowest index in depth order.
     Under torchrun (`distributed.py`) every rank has to call this, and gets the same plan.
     Raises PlanError for stages that ask for more than there is, a budget that they do not reach, `per` with another
-    metric than perplexity, and a checkpoint of another search.
+    metric than perplexity, and a checkpoint of another search; ModelError for a dense score that is no finite number.
     """
     stages = [stages] if isinstance(stages, Stage) else list(stages)
     for name, value, known in (("method", method, METHODS), ("metric", metric, METRICS)):
@@ -144,7 +144,8 @@ class _Search:
             self.measure.prepare(model, calibration)
             self.sweep = Sweep(model, calibration, self.measure, settings.memory_gib)
             if self.plan.dense_score is None:
-                self.plan.dense_score = self.measure.score(self._dense_pass())
+                dense = self.measure.score(self._dense_pass())
+                self.plan.dense_score = finite(model, dense, f"the {settings.metric}")
                 self._save()
 
     def open_stage(self) -> int | None:

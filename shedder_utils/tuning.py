@@ -242,9 +242,12 @@ def _step(checkpoint: Path) -> int:
 
 
 def _arguments(recipe: Recipe, folder: Path, on_cpu: bool, start: bool) -> TrainingArguments:
-    """start: whether the held-out loss before the first update is still to be taken."""
+    """start: whether the held-out loss before the first update is still to be taken.
+
+    One GPU whatever there is: on several the Trainer would train as many batches at a time, which is another recipe.
+    """
     every = recipe.evaluate_every
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps or -1, num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="linear",
@@ -254,3 +257,5 @@ def _arguments(recipe: Recipe, folder: Path, on_cpu: bool, start: bool) -> Train
         use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, remove_unused_columns=False, disable_tqdm=True,
         report_to="none",
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -13,7 +13,7 @@ from transformers import BambaConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import shedder_utils as shedder
-from shedder_utils import Component, kernels, profiles, removed, studies
+from shedder_utils import Component, kernels, profiles, removed, report, studies
 from shedder_utils.families import FAMILIES, family_of
 from shedder_utils.workbench import Workbench
 
@@ -102,11 +102,17 @@ def test_extracted_and_loaded_again_it_computes_the_same(model: PreTrainedModel,
     assert torch.equal(*alike)
 
 
-def test_the_added_study_runs(tmp_path: Path) -> None:
+def test_the_added_study_runs_and_has_rows_of_the_paper(tmp_path: Path) -> None:
     profile = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
-    added = yaml.safe_load(blocks(GUIDE, "yaml")[0])
-    profile["studies"] |= added
+    ((name, study),) = yaml.safe_load(blocks(GUIDE, "yaml")[0]).items()
+    ((model, rows),) = study["rows"].items()
+    assert name not in profile["studies"]
+    profile["studies"][name] = study
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(profile, sort_keys=False))
-    plan = studies.removal_order(Workbench(file, "smoke-mamba2", tmp_path / "runs"), *added)
-    assert [component.kind for component in plan.components] == ["mamba_block", "ssm"]
+    plan = studies.removal_order(Workbench(file, model, tmp_path / "runs"), name)
+    assert [component.kind for component in plan.components][2:] == ["mlp_channels", "ssm"]
+    frame = report.table(study["table"], file, tmp_path / "runs").frame
+    added = frame[frame["stands_for"].isin(rows.values()) & frame["pruned"].isin(rows)]
+    assert set(added["pruned"]) == set(rows)
+    assert added["paper"].notna().all()

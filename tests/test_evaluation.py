@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from shedder_utils import Component, DataError, evaluate, removed
+from shedder_utils import Calibration, Component, DataError, ModelError, evaluate, removed
 from shedder_utils.evaluation import BOOTSTRAP
 from shedder_utils.families import random_model
+from shedder_utils.importance import perplexity
 from shedder_utils.pocket.items import requests
 from shedder_utils.pocket.tasks import load_rows, task_configs
 from shedder_utils.pocket.tokenizer import load_tokenizer
@@ -72,6 +74,23 @@ def test_a_model_with_components_removed_is_what_is_scored(pocket_like: PreTrain
         pruned = evaluate(pocket_like, load_tokenizer(), **settings)
     assert pruned["pocket_lambada", "perplexity"] != dense["pocket_lambada", "perplexity"]
     assert evaluate(pocket_like, load_tokenizer(), **settings) == dense
+
+
+def test_a_model_that_overflows_has_no_scores(pocket_like: PreTrainedModel) -> None:
+    model, settings = copy.deepcopy(pocket_like), {"tasks": ["pocket_lambada"], "limit": 2, "batch_size": 2}
+    text = Calibration([torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))])
+    with torch.no_grad():
+        model.backbone.layers[2].mixer.out_proj.weight.fill_(6e4)
+    model.half()
+    for score in (lambda: evaluate(model, load_tokenizer(), **settings), lambda: perplexity(model, text)):
+        with pytest.raises(ModelError, match=r"^the .* of mamba2 in float16 is .* choose dtype bfloat16 or float32$"):
+            score()
+    with removed(model, [Component("ssm", 0)]):
+        assert perplexity(model, text) == math.inf
+        assert evaluate(model, load_tokenizer(), **settings)
+    model.float()
+    assert math.isfinite(perplexity(model, text))
+    assert evaluate(model, load_tokenizer(), **settings)
 
 
 def test_scores_are_those_of_simple_evaluate(pocket_like: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from test_hymba import CONFIG
 from test_zamba2 import zamba2
 from transformers import PreTrainedModel
 
-from shedder_utils import Calibration, Component, PlanError, Stage, components, kernels, removed, search
+from shedder_utils import Calibration, Component, PlanError, Stage, components, families, kernels, removed, search
 from shedder_utils.components import Cut
 from shedder_utils.families import family_of
 from shedder_utils.hymba import HymbaForCausalLM
@@ -76,6 +76,21 @@ def test_taylor_is_the_slope_of_the_loss_towards_the_removal(family: str) -> Non
         with torch.no_grad():
             slope = (losses_moved(model, cut, step) - losses_moved(model, cut, -step)) / (2 * step)
         assert found[str(cut)] == pytest.approx(slope.abs().mean().item(), rel=0.01, abs=1e-3), cut
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.005), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("family", ["mamba2", "zamba2", "hymba"])
+def test_taylor_keeps_small_gradients_in_half_precision(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The last norm makes them 10,000 times smaller, and with them every score."""
+    model = families.random_model(family=family, layers=4, hidden_size=32, seed=0, vocab_size=97)
+    last = [module for name, module in model.base_model.named_children() if "norm" in name][-1]
+    with torch.no_grad():
+        last.weight.mul_(1e-4)
+    found = scores(model.to(dtype), "taylor")
+    exact = scores(model.float(), "taylor")
+    largest = max(exact.values())
+    assert 0 < largest < 1e-4
+    assert found == pytest.approx(exact, rel=0, abs=tolerance * largest)
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])

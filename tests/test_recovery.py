@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,36 @@ def test_progress_shows_both_losses_and_the_time_left(tokenizer: Any, capsys: An
     lines = re.findall(r"recover: [^\r\n]* (\d)/6 \[\d\d:\d\d<\d\d:\d\d, ([^\r\n]*)\]", capsys.readouterr().err)
     assert {"2", "4", "6"} <= {step for step, _ in lines}
     assert re.search(r"held_out_loss=\d[\d.]*, loss=\d", lines[-1][1])
+
+
+def test_a_tuning_is_the_same_recipe_on_any_number_of_gpus(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe, arguments = Recipe.of(**{name: SMALL[name] for name in ("steps", "batch_size")}), tuning._arguments
+    rows = instructions(ROWS, tokenizer, max_length=64, held_out=4, seed=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(tuning, "_arguments", lambda recipe, folder, _, start: arguments(recipe, folder, False, start))
+    args = tuning.Tuning(dense("mamba"), recipe, rows, tmp_path, None, progress=False).args
+    assert not args.use_cpu
+    assert args.n_gpu <= 1
+    assert args.train_batch_size == recipe.batch_size
+
+
+def test_nothing_holds_the_optimizer_after_a_tuning(tokenizer: Any, monkeypatch: Any) -> None:
+    """It is twice the weights: the next tuning needs that memory, before the garbage collector finds any cycle."""
+    create, made = tuning.Tuning.create_optimizer, []
+
+    def noted(self: Any, *arguments: Any) -> torch.optim.Optimizer:
+        optimizer = create(self, *arguments)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(tuning.Tuning, "create_optimizer", noted)
+    gc.disable()
+    try:
+        model = recover(dense("mamba"), tokenizer, ROWS, **SMALL)
+        assert [found() for found in made] == [None]
+        assert all(parameter.grad is None for parameter in model.parameters())
+    finally:
+        gc.enable()
 
 
 def test_patience_and_the_best_step(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from conftest import random_model
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shedder_utils import Calibration, Component, Plan, PlanError, Stage, perplexity, removed, search
+from shedder_utils import Calibration, Component, ModelError, Plan, PlanError, Stage, perplexity, removed, search
 from shedder_utils.components import Cut, cuts
 from shedder_utils.importance import Perplexity, full_pass
 from shedder_utils.sweep import Sweep
@@ -223,6 +223,21 @@ def test_impossible_searches_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=complaint):
         search(random_model("mamba"), calibration, stages, progress=False, **options)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl", "taylor", "block_influence"])
+def test_a_model_that_overflows_is_refused_before_anything_is_removed(
+    calibration: Calibration, tmp_path: Path, metric: str
+) -> None:
+    model, settings = random_model("mamba2"), {"metric": metric, "progress": False}
+    with torch.no_grad():
+        model.backbone.layers[2].mixer.out_proj.weight.mul_(3e4)
+    search(model, calibration, Stage("ssm", 1), **settings)
+    overflow = r"^the .+ of mamba2 in float16 is (inf|nan), expected a finite number: .* dtype bfloat16 or float32$"
+    for method in ("fast", "plain"):
+        with pytest.raises(ModelError, match=overflow):
+            search(model.half(), calibration, Stage("ssm", 1), method=method, checkpoint=tmp_path / "plan", **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class World:
     n_items: int = N_ITEMS
     loss: dict[tuple[str, str], float] = field(default_factory=dict)  # accuracy lost by each removal
     rise: dict[tuple[str, str], float] = field(default_factory=dict)  # log perplexity gained by each removal
+    per_removal: int = PER_LAYER  # parameters that each removal takes
     dirty: bool = True
 
     def write(self) -> World:
@@ -121,8 +122,8 @@ class World:
             fingerprint="f" * 64,
             removals=gone,
             parameters_dense=DENSE_PARAMETERS,
-            parameters=DENSE_PARAMETERS - n * PER_LAYER,
-            ratio=n * PER_LAYER / DENSE_PARAMETERS,
+            parameters=DENSE_PARAMETERS - n * self.per_removal,
+            ratio=n * self.per_removal / DENSE_PARAMETERS,
         )
         data = {"tasks": DataFacts(name="seven", fingerprint="d" * 64)}
         request = Request(study=study, profile=self.profile.name, setting=setting, spec={}, model=facts, data=data)

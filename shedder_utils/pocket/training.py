@@ -1,9 +1,10 @@
-"""The recipe of the pocket models: for every architecture the same stages, sequences, order and number of tokens.
+"""The recipe of the pocket models: for every architecture the same stages, and the same number of tokens in all.
 
 `python -m shedder_utils.pocket.training pocket-mamba2` trains one from nothing and writes a standard Hugging Face
 folder to `pocket/models/`. It can be stopped at any moment and goes on from its last checkpoint. What a model learns
-first is to recall (`corpus.py`), and it moves on from a stage of that when it can do it; the last stage takes the rest
-of the tokens.
+first is to recall (`corpus.py`), and it leaves a stage of that early once it answers, at the latest after a fixed
+number of steps; the last stage takes the rest of the tokens, 3.0 to 5.4 of 9.4 million. The batches of a stage are the
+same for every architecture, and come in the same order.
 
 B batch, L tokens, D model width.
 """

@@ -14,10 +14,11 @@ from ..errors import DataError
 from ..profiles import Profile
 from ..records import Metric
 from . import granularities, recovery, speed
+from .counterparts import paper_values
 from .criteria import CRITERIA
 from .evidence import Z95, Advantage, Verdict, Verdicts, exp, failed, lead, logarithm, untrained, weak, weigh
 from .runs import BLOCKS, SSMS, Runs
-from .tables import WHAT, paper_values
+from .tables import WHAT
 
 MAMBA1, MAMBA2, ZAMBA2 = "mamba-2.8b", "mamba2-2.7b", "zamba2-2.7b"
 
@@ -147,12 +148,12 @@ def _advantages(
         value, error = lead(*(values["average"] for values in four))
         interval = (value, value - Z95 * error, value + Z95 * error)
         measure = f"{WHAT[table]}, loss of average accuracy in points, {behind} less {ahead}"
-        found.append(Advantage(measure, counts[0], *interval, 0, theirs["average"]))
+        found.append(Advantage(measure, counts[0], *interval, 0, theirs["average"], counts[::-1]))
     if all("ppl" in values for values in four):
         value, error = lead(*(logarithm(values["ppl"]) for values in four))
         interval = (exp(value), exp(value - Z95 * error), exp(value + Z95 * error))
         measure = f"{WHAT[table]}, LAMBADA perplexity relative to dense, {behind} over {ahead}"
-        found.append(Advantage(measure, counts[0], *interval, 1, theirs["ppl"]))
+        found.append(Advantage(measure, counts[0], *interval, 1, theirs["ppl"], counts[::-1]))
     return found
 
 

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +32,7 @@ class Advantage:
 
     neutral: the value that favours neither, 0 for differences and 1 for ratios; above it speaks for the claim.
     low, high: 95 % interval; both equal value for numbers without sampling error. paper: the paper's own value.
+    counts: how many removals each of two states has, in the order in which `measure` names them; empty for n of each.
     """
 
     measure: str
@@ -42,6 +42,12 @@ class Advantage:
     high: float
     neutral: float
     paper: float | None = None
+    counts: tuple[int, ...] = ()
+
+    @property
+    def removed(self) -> str:
+        """How many removals it is about, both counts where two states have different ones."""
+        return f"{' and '.join(map(str, dict.fromkeys(self.counts or (self.n_removed,))))} removed"
 
     @property
     def outcome(self) -> Literal["for", "against", "open"]:
@@ -52,7 +58,7 @@ class Advantage:
 
     def __str__(self) -> str:
         reported = "" if self.paper is None else f" (paper {self.text(self.paper)})"
-        return f"{self.n_removed} removed {self.with_interval}{reported}"
+        return f"{self.removed} {self.with_interval}{reported}"
 
     @property
     def with_interval(self) -> str:
@@ -83,9 +89,11 @@ class Verdict:
 
     @property
     def summary(self) -> list[str]:
-        """One line for each measure, with its values in order of removals."""
-        groups = groupby(sorted(self.numbers, key=lambda number: number.measure), key=lambda number: number.measure)
-        return [f"{measure}: {'; '.join(map(str, numbers))}" for measure, numbers in groups]
+        """One line for each measure, in the order of the numbers, with its values in order of removals."""
+        groups: dict[str, list[str]] = {}
+        for number in self.numbers:
+            groups.setdefault(number.measure, []).append(str(number))
+        return [f"{measure}: {'; '.join(numbers)}" for measure, numbers in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,9 @@ class Verdicts:
         ]  # fmt: skip
         note = (
             "Above 0 (differences) or ×1 (ratios) speaks for the claim. Brackets: 95 % intervals; they cover the "
-            "choice of items, not of training runs, of which there is one for each model."
+            "choice of items, not of training runs, of which there is one for each model. What is neither reproduced "
+            "nor close deviates, if the models are the paper's own; others cannot refute the paper, so it is not shown "
+            "at this scale. Two counts: of the two states, in the order in which they are named."
         )
         return f"**{self.title}**\n\n{markdown(header, rows)}\n{note}\n"
 
@@ -114,14 +124,17 @@ class Verdicts:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One line for each number: id, verdict, measure, removed, value, low, high, neutral, paper, outcome."""
+        """One line for each number: id, verdict, measure, removed, counts, value, low, high, neutral, paper, outcome.
+
+        counts: removed, or both counts where two states have different ones.
+        """
         lines = [
-            (item.id, item.verdict, one.measure, one.n_removed, one.value, one.low, one.high, one.neutral, one.paper,
-             one.outcome)
+            (item.id, item.verdict, one.measure, one.n_removed, one.removed.removesuffix(" removed"), one.value,
+             one.low, one.high, one.neutral, one.paper, one.outcome)
             for item in self.items
             for one in item.numbers
         ]  # fmt: skip
-        names = ["id", "verdict", "measure", "removed", "value", "low", "high", "neutral", "paper", "outcome"]
+        names = ["id", "verdict", "measure", "removed", "counts", "value", "low", "high", "neutral", "paper", "outcome"]
         return pd.DataFrame(lines, columns=names)
 
     def save(self, folder: str | Path) -> list[Path]:

@@ -16,6 +16,7 @@ from ..records import Record
 from ..schedule import Schedule, steps
 from . import claims as tests
 from . import recovery, speed, tables
+from .counterparts import absent, absent_models, words
 from .evidence import Advantage, Verdict
 from .rendering import DASH, Table
 from .runs import Runs
@@ -28,8 +29,9 @@ def claims(profile: str | Path | Profile, root: str | Path = "runs", recorded: s
     rows = tuple(_claim(*pair) for pair in zip(theirs, ours, strict=True))
     header = ("Id", "Claim", "Measured", "Paper", "Recorded", "Yours", "Verdict", "Notebook", "Minutes")
     note = (
-        "Of several numbers the one at the most removals is shown; `report.verdicts` has all. Verdict: recorded, and "
-        "yours where it is another. Minutes: what the runs behind it took, searches included."
+        "Of several numbers one is shown: rather one that the paper has too, among those rather one against the claim, "
+        "then the one at the most removals, then one clearly below the paper's; `report.verdicts` has all. "
+        "Verdict: recorded, and yours where it is another. Minutes: what the runs behind it took, searches included."
     )
     frame = pd.DataFrame(rows, columns=header)
     return Table("claims_at_a_glance", f"Claims at a glance ({settings.title})", note, header, rows, frame)
@@ -42,14 +44,19 @@ def _claim(theirs: Verdict, ours: Verdict) -> tuple[str, ...]:
     verdict = theirs.verdict if ours.verdict == theirs.verdict else f"{theirs.verdict}; yours: {ours.verdict}"
     minutes = sum(record.cost.seconds for record in theirs.records or ours.records) / 60
     link = f"[{ours.notebook[:2]}]({ours.notebook}.ipynb)"
-    what = f"{known.measure}, {known.n_removed} removed" if known else DASH
+    what = f"{known.measure}, {known.removed}" if known else DASH
     numbers = (what, reported, _number(telling), _number(own))
     return (ours.id, ours.text, *numbers, f"**{verdict}**", link, f"{minutes:.0f}" if minutes else DASH)
 
 
 def _telling(verdict: Verdict) -> Advantage | None:
-    """The number at the most removals; of several, the first one that the paper reports too."""
-    return max(verdict.numbers, key=lambda number: (number.n_removed, number.paper is not None), default=None)
+    """One that the paper has, if any; then one against the claim; at the most removals; clearly below the paper's."""
+
+    def rank(number: Advantage) -> tuple[bool, bool, int, bool]:
+        below = number.paper is not None and number.high < number.paper
+        return number.paper is not None, number.outcome == "against", number.n_removed, below
+
+    return max(verdict.numbers, key=rank, default=None)
 
 
 def _number(number: Advantage | None) -> str:
@@ -75,7 +82,7 @@ def averages(profile: str | Path | Profile, root: str | Path = "runs", recorded:
     frame = pd.concat(frames) if frames else pd.DataFrame(columns=["column"])
     frame = frame[frame["column"] == "average"].reset_index(drop=True)
     rows = tuple(
-        (f"{row['table']}", row["model"], row["target"], f"{row['pruned']}",
+        (f"{row['table']}", row["model"], row["target"], DASH if pd.isna(row["pruned"]) else f"{row['pruned']}",
          *(DASH if pd.isna(row[name]) else f"{row[name]:.1f}" for name in ("paper", "recorded", "yours")),
          DASH if pd.isna(row["difference"]) else f"{row['difference']:+.1f}", row["verdict"])
         for _, row in frame.iterrows()
@@ -114,7 +121,9 @@ def _machines(runs: Runs) -> str:
 
 
 def not_run(profile: str | Path | Profile, root: str | Path = "runs") -> Table:
-    """What these records cannot speak about: tables without a study, runs without a record, claims without a test."""
+    """What these records cannot speak about: tables and rows of the paper without a study, runs without a record,
+    claims without a test.
+    """
     settings = profiles.load(profile)
     rows = tuple(_not_run(settings, root)) or (("all", "everything that the profile asks for was run"),)
     header = ("What", "Why")
@@ -126,6 +135,8 @@ def _not_run(profile: Profile, root: str | Path) -> Iterator[tuple[str, str]]:
     filled = {*tables.available(profile), *speed.available(profile), *recovery.available(profile)}
     for number in sorted(set(range(1, 13)) - filled):
         yield f"Table {number}", f"no study of profile {profile.name} fills it"
+    for number in sorted(set(range(1, 13)) & filled):
+        yield from _left_out(number, profile)
     left = Schedule(profile, root).left
     for study in dict.fromkeys(step.study for step in left):
         missing = [f"{step.model} ({step.setting.replace('_', ' ')})" for step in left if step.study == study]
@@ -136,11 +147,23 @@ def _not_run(profile: Profile, root: str | Path) -> Iterator[tuple[str, str]]:
             yield f"Claim {item.id}", item.why
 
 
+def _left_out(number: int, profile: Profile) -> Iterator[tuple[str, str]]:
+    """Models and rows of one of the paper's tables that a profile has no counterpart of."""
+    if models := absent_models(number, profile):
+        yield f"Models of table {number}", f"profile {profile.name} has none that stands for {', '.join(models)}"
+    if rows := absent(number, profile):
+        named = "; ".join(f"{row.labels['model']}, {words(row)}" for row in rows)
+        yield f"Rows of table {number}", f"no row of profile {profile.name} stands for {named}"
+
+
 def errata() -> Table:
     """Where the paper disagrees with itself or with the files that its authors released."""
     rows = tuple((f"{n}", text) for n, text in enumerate(paper.errata(), 1))
     header = ("No.", "Erratum")
-    note = "The numbers of the paper stand in every table here as it prints them."
+    note = (
+        "The numbers of the paper stand in every table here as it prints them, but for the 15.8 of table 1, which has "
+        "the two decimals of its column."
+    )
     return Table("errata", "Where the paper disagrees with itself", note, header, rows, pd.DataFrame(rows))
 
 
@@ -157,11 +180,15 @@ def _facts(profile: Profile) -> dict[str, str]:
     calibration, evaluation = profile.calibration, profile.evaluation
     counts = {name: max((n for rows in study.rows.values() for n in rows), default=0)
               for name, study in profile.studies.items()}  # fmt: skip
+    lengths = [f"{calibration.sequence_length} tokens"] + [
+        f"for {name} {model.calibration.sequence_length}" for name, model in profile.models.items() if model.calibration
+    ]
     return {
         "what": profile.title,
         "models": ", ".join(f"{name} for {model.paper}" for name, model in profile.models.items()),
         "the paper's own models": "yes" if profile.papers_own_models else "no",
-        "calibration": f"{calibration.source}, {calibration.samples} samples of {calibration.sequence_length} tokens",
+        "calibration": f"{calibration.source}: {calibration.samples} texts, joined and cut into sequences of "
+        + ", ".join(lengths),
         "seed": f"{calibration.seed}",
         "tasks": ", ".join(evaluation.task_names),
         "items of each task": "all" if evaluation.limit is None else f"the first {evaluation.limit}",

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..records import Metric
-from .evidence import Z95, Advantage, Verdict, exp, logarithm, untrained, weak, weigh
+from .counterparts import paper_values, target_of
+from .evidence import Z95, Advantage, Verdict, exp, failed, logarithm, untrained, weak, weigh
 from .runs import Runs, error_of_sum
-from .tables import paper_values, target_of
 
 ZAMBA2, HYMBA, FALCON = "zamba2-2.7b", "hymba-1.5b", "falcon-mamba-7b"
 BLOCKS, PARTS = "mamba_block & transformer_block", "mamba_block & mlp & mha"
 CHANNELS = f"{PARTS} + mlp_channels"
 ALMOST_NOTHING = 1.0
 """Points of average accuracy: C3's "almost nothing". The paper's own loss is 0.2."""
+SAME_RATIO = 2.0
+"""Points of the share of the parameters removed by which two states may differ, for C4 to compare them."""
+STEADY = 3.0
+"""For C6: by what factor a block's cost may differ from the mean of its table. In the paper's: 0.6 to 2.9 times."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A model after n removals of a study, with the paper's values beside it."""
+    """A model after n removals of a study, with the paper's values beside it.
+
+    ratio: the share of the parameters removed in percent, where it was evaluated.
+    """
 
     table: int
     model: str
     target: str
     n_removed: int
     stands_for: float
+    ratio: float | None
     scores: dict[str, Metric]
     paper: dict[str, float | None]
 
@@ -41,7 +49,9 @@ def _states(runs: Runs, table: int, model: str) -> list[State]:
                 for n, stands_for in rows.items():
                     target = target_of(study, n)
                     values = paper_values(table, model, stands_for, target)
-                    found.append(State(table, own, target, n, stands_for, runs.scores(name, own, n), values))
+                    record = runs.evaluated(name, own, n)
+                    ratio = 100 * record.model.ratio if record else None
+                    found.append(State(table, own, target, n, stands_for, ratio, runs.scores(name, own, n), values))
     return found
 
 
@@ -56,19 +66,29 @@ def almost_nothing(runs: Runs, name: str, text: str) -> Verdict:
 
 def finer_is_better(runs: Runs, name: str, text: str) -> Verdict:
     """C4: at the same ratio, blocks < Mamba blocks, MLPs and attention apart < the same, then MLP channels."""
-    states = _states(runs, 3, ZAMBA2)
-    by_target = {
-        target: sorted((s for s in states if s.target == target), key=lambda state: state.stands_for)
-        for target in (BLOCKS, PARTS, CHANNELS)
-    }
-    tests = [
-        ("average", f"average accuracy in points, {finer} above {coarser}", 0.0, list(zip(ours, theirs, strict=False)))
-        for (finer, ours), (coarser, theirs) in (
-            (("parts", by_target[PARTS]), ("blocks", by_target[BLOCKS])),
-            (("parts and channels", by_target[CHANNELS]), ("parts", by_target[PARTS])),
-        )
-    ]
-    return _judge(runs, name, text, tests)
+    states = sorted(_states(runs, 3, ZAMBA2), key=lambda state: state.stands_for)
+    steps = [(("parts", PARTS), ("blocks", BLOCKS)), (("parts and channels", CHANNELS), ("parts", PARTS))]
+    tests: list[Test] = []
+    left_out = []
+    for (finer, ours), (coarser, theirs) in steps:
+        of_both = ([state for state in states if state.target == target] for target in (ours, theirs))
+        pairs = list(zip(*of_both, strict=False))
+        kept = [pair for pair in pairs if _same_ratio(*pair)]
+        left_out += [f"{finer} at {a.ratio:.1f} % against {coarser} at {b.ratio:.1f} %"
+                     for a, b in pairs if not _same_ratio(a, b)]  # fmt: skip
+        tests.append(("average", f"average accuracy in points, {finer} above {coarser}", 0.0, kept))
+    if left_out and not all(pairs for *_, pairs in tests):
+        unfit = untrained(runs.profile, {state.model for state in states})
+        unlike = f"The ratios are not the same: {'; '.join(left_out)}."
+        return Verdict(name, text, "not shown at this scale" if unfit else "not run", unfit or unlike)
+    verdict = _judge(runs, name, text, tests)
+    why = f"{verdict.why} Left out, as the ratios are not the same: {'; '.join(left_out)}." if left_out else verdict.why
+    return replace(verdict, why=why)
+
+
+def _same_ratio(ahead: State, behind: State) -> bool:
+    """Whether two states have the same share of the parameters removed, as near as matters, or may have it."""
+    return ahead.ratio is None or behind.ratio is None or abs(ahead.ratio - behind.ratio) <= SAME_RATIO
 
 
 def cheap_at_last(runs: Runs, name: str, text: str) -> Verdict:
@@ -80,10 +100,25 @@ def cheap_at_last(runs: Runs, name: str, text: str) -> Verdict:
 
 
 def steadily_down(runs: Runs, name: str, text: str) -> Verdict:
-    """C6: each further Hymba block costs average accuracy."""
+    """C6: each further Hymba block costs average accuracy, none of them clearly much more or less than others."""
     states = sorted(_states(runs, 4, HYMBA), key=lambda state: state.n_removed)
     pairs = list(pairwise(states))
-    return _judge(runs, name, text, [("average", "average accuracy in points, above the next row's", 0.0, pairs)])
+    tests: list[Test] = [("average", "average accuracy in points, above the next row's", 0.0, pairs)]
+    verdict = _judge(runs, name, text, tests)
+    if verdict.verdict not in ("reproduced", "close"):
+        return verdict
+    blocks = [later.n_removed - earlier.n_removed for earlier, later in pairs]
+    mean = sum(number.value for number in verdict.numbers) / sum(blocks)
+    costs = ", ".join(f"{one.value / n:.2f}" for one, n in zip(verdict.numbers, blocks, strict=True))
+    why = f"{verdict.why} A block costs {mean:.2f} points on average; from row to row: {costs}."
+    if all(_steady(one, n * mean) for one, n in zip(verdict.numbers, blocks, strict=True)):
+        return replace(verdict, why=why)
+    return replace(verdict, verdict=failed(runs.profile), why=f"{why} That is not steady.")
+
+
+def _steady(loss: Advantage, mean: float) -> bool:
+    """Whether what a step loses may be within the factor `STEADY` of what as many blocks lose on average."""
+    return loss.high >= mean / STEADY and loss.low <= mean * STEADY
 
 
 def blocks_or_ssms(runs: Runs, name: str, text: str) -> Verdict:
@@ -129,18 +164,19 @@ def _advantages(column: str, measure: str, start: float, pairs: Sequence[tuple[S
         if column not in ahead.scores or column not in behind.scores:
             continue
         ours, theirs = ahead.scores[column], behind.scores[column]
+        counts = (ahead.n_removed, behind.n_removed) if behind.n_removed else ()
         reported = [state.paper.get(column) for state in (ahead, behind)]
         known = [Metric(value=value) for value in reported if value is not None]
         if column == "ppl":
             value, error = _difference(logarithm(ours), logarithm(theirs))
             low, high = exp(value - Z95 * error), exp(value + Z95 * error)
             paper = exp(_difference(*map(logarithm, known))[0]) if len(known) == 2 else None
-            yield Advantage(measure, ahead.n_removed, exp(value), low, high, 1, paper)
+            yield Advantage(measure, ahead.n_removed, exp(value), low, high, 1, paper, counts[::-1])
         else:
             value, error = _difference(ours, theirs)
             paper = start + known[0].value - known[1].value if len(known) == 2 else None
             low, high = start + value - Z95 * error, start + value + Z95 * error
-            yield Advantage(measure, ahead.n_removed, start + value, low, high, 0, paper)
+            yield Advantage(measure, ahead.n_removed, start + value, low, high, 0, paper, counts)
 
 
 def _difference(ours: Metric, theirs: Metric) -> tuple[float, float]:

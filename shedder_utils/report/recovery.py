@@ -16,6 +16,7 @@ from .. import paper
 from ..errors import DataError
 from ..profiles import RECOVERY, Profile, RecoveryRow, RecoveryTable
 from ..records import Metric, Record
+from .counterparts import ABSENT, BOTH, absent, is_tuned, words
 from .evidence import Z95, Advantage, Verdict, untrained, weak, weigh
 from .rendering import DASH, Table
 from .runs import Runs, by_column, error_of, error_of_sum
@@ -59,8 +60,8 @@ def table(number: int, yours: Runs, recorded: Runs) -> Table:
     """Table 10 (Mamba-2), 11 (Zamba2) or 12 (Hymba): the paper, the record, yours and the difference for each state.
 
     Its frame has one line for each state and column: model, state, stands_for, column, paper, recorded,
-    recorded_stderr, yours, yours_stderr, difference, verdict, won_back (yours, a share). Raises DataError for a table
-    for which the profile tunes no model.
+    recorded_stderr, yours, yours_stderr, difference, verdict, won_back (yours, a share); rows that only the paper has
+    come last. Raises DataError for a table for which the profile tunes no model.
     """
     if number not in available(yours.profile):
         raise DataError(f"table {number}: expected one of {available(yours.profile)} with profile {yours.profile.name}")
@@ -74,6 +75,14 @@ def table(number: int, yours: Runs, recorded: Runs) -> Table:
         shares = {source: [_won_back(found[source], state, column) for column in COLUMNS] for source in SOURCES}
         rows += _wide(number, yours.profile, state, cells, shares)
         lines += _tidy(about, state, cells, shares["yours"])
+    for row in absent(number, yours.profile):
+        cells = [Cell(column, row.values.get(column), None, None) for column in COLUMNS]
+        rows += _wide_paper(number, about.model, row, cells)
+        lines += [
+            {"model": about.model, "state": words(row), "stands_for": row.labels.get("ratio"), "column": cell.column,
+             "paper": cell.paper, "verdict": ABSENT}
+            for cell in cells
+        ]  # fmt: skip
     title = f"Table {number}. Recovery tuning of pruned {about.model}: paper, recorded, yours ({yours.profile.title})"
     header = ("Model", "State", "Source", *(HEADINGS[name] for name in COLUMNS), "Won back", "Verdict")
     return Table(f"table_{number}", title, NOTE, header, tuple(rows), pd.DataFrame(lines), yours.given, recorded.given)
@@ -146,14 +155,9 @@ def _reported(number: int, about: RecoveryTable) -> Found:
         state = str(row.labels["state"])
         owners: tuple[RecoveryRow | None, ...] = (None,) if state == "dense" else about.rows
         for own in owners:
-            if own is None or _stands_for(own, row):
+            if own is None or is_tuned(row, own):
                 found[State(state == "tuned", own)] = values
     return found
-
-
-def _stands_for(own: RecoveryRow, row: paper.Row) -> bool:
-    """Whether a row of the profile stands for one of the paper's; tables 10 and 12 have one pruned and one tuned."""
-    return own.stands_for is not None and row.labels.get("ratio", own.stands_for) == own.stands_for
 
 
 def _cell(found: dict[str, Found], state: State, column: str) -> Cell:
@@ -180,13 +184,25 @@ def _wide(
     won = {source: " / ".join(DASH if one is None else f"{one:.0%}" for one in both) for source, both in shares.items()}
     won = {source: text if state.row and state.tuned else "" for source, text in won.items()}
     if any(cell.paper is not None for cell in cells):
-        reported = (DASH if cell.paper is None else f"{cell.paper:.{cell.digits}f}" for cell in cells)
-        yield (profile.models[about.model].paper, _papers_words(number, state), "paper", *reported, won["paper"], "")
+        named = (profile.models[about.model].paper, _papers_words(number, state))
+        yield (*named, "paper", *map(_reported_text, cells), won["paper"], "")
     for source in SOURCES[1:]:
         values = (text_of(getattr(cell, source), cell.digits) for cell in cells)
         yield (about.model, str(state), source, *values, won[source], "")
     verdicts = dict.fromkeys(cell.verdict for cell in cells)
     yield (about.model, str(state), "difference", *map(difference_of, cells), "", "; ".join(verdicts))
+
+
+def _wide_paper(number: int, model: str, row: paper.Row, cells: list[Cell]) -> Iterator[tuple[str, ...]]:
+    """The lines of a row that only the paper has."""
+    tuned = ", tuned" if row.labels["state"] == "tuned" else ""
+    named = f"less {LESS[number].format(row.labels['ratio'])}{tuned}" if "ratio" in row.labels else words(row)
+    yield (str(row.labels["model"]), named, "paper", *map(_reported_text, cells), "", "")
+    yield (model, DASH, BOTH, *(DASH for _ in cells), "", ABSENT)
+
+
+def _reported_text(cell: Cell) -> str:
+    return DASH if cell.paper is None else f"{cell.paper:.{cell.digits}f}"
 
 
 def _papers_words(number: int, state: State) -> str:
@@ -221,7 +237,8 @@ def _halves(number: int, about: RecoveryTable, found: Found) -> Iterator[Advanta
             if three and _clearly_lost(column, *three[:2]):
                 theirs = _three(reported, row, column)
                 value = _beyond(column, *theirs)[0] if theirs else None
-                yield Advantage(f"{about.model}, {row.study}, {_WORDS[column]}", row.removed, *_beyond(column, *three),
+                own = row.study if row.stands_for is not None else f"{row.study} (a row of ours)"
+                yield Advantage(f"{about.model}, {own}, {_WORDS[column]}", row.removed, *_beyond(column, *three),
                                 1 if column == "ppl" else 0, value)  # fmt: skip
 
 

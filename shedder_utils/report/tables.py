@@ -15,8 +15,9 @@ import pandas as pd
 
 from .. import paper
 from ..errors import DataError
-from ..profiles import Profile, Study
+from ..profiles import Profile
 from ..records import Metric
+from .counterparts import ABSENT, BOTH, absent, is_pruned, paper_values, target_of, with_ratio
 from .rendering import DASH, Table
 from .runs import Runs, error_of
 
@@ -29,8 +30,12 @@ HEADINGS = {
     "average": "Average",
 }  # fmt: skip
 NOTE = (
-    "Accuracies and their average in points, ± one standard error; ratio: share of the parameters removed. "
+    "Accuracies and their average in points, ± one standard error. "
     f"{DASH}: not reported, not run. Difference: yours less recorded, and the verdict on it."
+)
+RATIO = (
+    "Ratio: share of the parameters removed; a block that several layers share counts once for each of them, as in the "
+    "paper, though it is stored once. "
 )
 Values = Mapping[str, Metric]
 
@@ -70,14 +75,14 @@ class Cell:
 class Line:
     """One model after n removals, beside the row of the paper that it stands for.
 
-    target: the kinds that went, in the words of table 3. stands_for: the paper's number of removals; in table 3, its
-    ratio.
+    target: the kinds that went, in the words of table 3. n_removed: None where only the paper has the row. stands_for:
+    the paper's number of removals; in table 3, its ratio.
     """
 
     model: str
     paper_model: str
     target: str
-    n_removed: int
+    n_removed: int | None
     layers: int | None
     stands_for: float
     cells: tuple[Cell, ...]
@@ -85,6 +90,8 @@ class Line:
     @property
     def verdict(self) -> str:
         """The cells' verdicts in one: the columns that differ, else the weakest agreement there is."""
+        if self.n_removed is None:
+            return ABSENT
         differing = [HEADINGS[cell.column] for cell in self.cells if cell.verdict == "differs"]
         if differing:
             return f"differs: {', '.join(differing)}"
@@ -103,18 +110,20 @@ def models(number: int, profile: Profile) -> dict[str, str]:
 def pruning_table(number: int, yours: Runs, recorded: Runs) -> Table:
     """Table 1 (Mamba blocks), 2 (SSMs), 3 (granularities of Zamba2), 4 (Hymba) or 5 (Falcon-Mamba).
 
-    Each of the paper's rows has four lines. The frame has one line for each cell: model, target, pruned, of,
-    stands_for, column, paper, recorded, recorded_stderr, yours, yours_stderr, difference, verdict. Raises DataError for
-    another number, and if the profile lacks the studies.
+    Each of the paper's rows has four lines, or two where the profile has none that stands for it. The frame has one
+    line for each cell: model, target, pruned, of, stands_for, column, paper, recorded, recorded_stderr, yours,
+    yours_stderr, difference, verdict. Raises DataError for another number, and if the profile lacks the studies.
     """
     if number not in available(yours.profile):
         raise DataError(f"table {number}: expected one of {available(yours.profile)} with profile {yours.profile.name}")
-    lines = sorted(_lines(number, yours, recorded), key=lambda line: _place(number, line))
+    found = [*_lines(number, yours, recorded), *_only_the_papers(number, yours.profile)]
+    lines = sorted(found, key=lambda line: _place(number, line))
     columns = [HEADINGS[column] for column in _columns(number)]
+    note = RATIO + NOTE if "ratio" in _columns(number) else NOTE
     header = ("Model", "Removed", "Source", *columns, "Verdict")
     title = f"Table {number}. Training-free removal of {WHAT[number]}: paper, recorded, yours ({yours.profile.title})"
     rows = tuple(row for line in lines for row in _wide(number, line))
-    return Table(f"table_{number}", title, NOTE, header, rows, _tidy(lines), yours.given, recorded.given)
+    return Table(f"table_{number}", title, note, header, rows, _tidy(lines), yours.given, recorded.given)
 
 
 def available(profile: Profile) -> list[int]:
@@ -140,26 +149,14 @@ def _lines(number: int, yours: Runs, recorded: Runs) -> Iterator[Line]:
                 yield Line(model, paper_model, target, n_removed, layers, stands_for, tuple(cells))
 
 
-def target_of(study: Study, n_removed: int) -> str:
-    """The kinds that went in the first n removals of a study: "&" within a stage, "+" between stages (table 3)."""
-    begun = [stage for i, stage in enumerate(study.stages) if sum(s.steps for s in study.stages[:i]) < n_removed]
-    return " + ".join(" & ".join(stage.kinds) for stage in begun) or "dense"
-
-
-def paper_values(number: int, model: str, stands_for: float, target: str) -> dict[str, float | None]:
-    """A row of the paper's table with its ratio; empty where the paper has no such row."""
-    row = next((row for row in paper.rows(number) if _is(row, model, stands_for, target)), None)
-    if row is None:
-        return {}
-    return {"ratio": float(row.labels["ratio"]), **row.values} if "ratio" in row.labels else dict(row.values)
-
-
-def _is(row: paper.Row, model: str, stands_for: float, target: str) -> bool:
-    """Whether a row of the paper is that of a model, of a number of removals or a ratio, and of the kinds removed."""
-    labels = row.labels
-    if labels["model"] != model or labels.get("pruned", labels.get("ratio")) != stands_for:
-        return False
-    return target == "dense" or labels.get("kind", labels.get("target")) == target
+def _only_the_papers(number: int, profile: Profile) -> Iterator[Line]:
+    """The paper's rows that no row of the profile stands for."""
+    own = {model.paper: name for name, model in profile.models.items()}
+    for row in absent(number, profile):
+        labels, values = row.labels, with_ratio(row)
+        model, target = str(labels["model"]), str(labels.get("kind", labels.get("target")))
+        cells = tuple(Cell(name, values[name], None, None) for name in _columns(number))
+        yield Line(own[model], model, target, None, None, float(labels.get("pruned", labels.get("ratio", 0))), cells)
 
 
 def _place(number: int, line: Line) -> int:
@@ -167,7 +164,7 @@ def _place(number: int, line: Line) -> int:
     places = (
         place
         for place, row in enumerate(paper.rows(number))
-        if _is(row, line.paper_model, line.stands_for, line.target)
+        if is_pruned(row, line.paper_model, line.stands_for, line.target)
     )
     return next(places, len(paper.rows(number)))
 
@@ -190,17 +187,17 @@ def _tidy(lines: list[Line]) -> pd.DataFrame:
             "recorded_stderr": cell.recorded.stderr if cell.recorded else None,
             "yours": cell.yours.value if cell.yours else None,
             "yours_stderr": cell.yours.stderr if cell.yours else None,
-            "difference": cell.difference, "verdict": cell.verdict,
+            "difference": cell.difference, "verdict": ABSENT if line.n_removed is None else cell.verdict,
         }
         for line in lines
         for cell in line.cells
     ]  # fmt: skip
     numbers = ["paper", "recorded", "recorded_stderr", "yours", "yours_stderr", "difference"]
-    return pd.DataFrame(rows).astype({"of": "Int64", **dict.fromkeys(numbers, "float64")})
+    return pd.DataFrame(rows).astype({"pruned": "Int64", "of": "Int64", **dict.fromkeys(numbers, "float64")})
 
 
 def _wide(number: int, line: Line) -> Iterator[tuple[str, ...]]:
-    """The four lines of a row: paper, recorded, yours, difference."""
+    """The lines of a row: paper, recorded, yours, difference; paper alone is followed by dashes."""
     blocks = paper.models()[line.paper_model]["blocks"]
     paper_count, count = f"{line.stands_for:g} of {blocks}", f"{line.n_removed} of {line.layers or DASH}"
     if number == 3:
@@ -209,6 +206,9 @@ def _wide(number: int, line: Line) -> Iterator[tuple[str, ...]]:
         paper_count, count = f"{line.target}: {paper_count}", f"{line.target}: {count}"
     reported = (DASH if cell.paper is None else f"{cell.paper:.{cell.digits}f}" for cell in line.cells)
     yield (line.paper_model, paper_count, "paper", *reported, "")
+    if line.n_removed is None:
+        yield (line.model, DASH, BOTH, *(DASH for _ in line.cells), line.verdict)
+        return
     yield (line.model, count, "recorded", *(text_of(cell.recorded, cell.digits) for cell in line.cells), "")
     yield (line.model, count, "yours", *(text_of(cell.yours, cell.digits) for cell in line.cells), "")
     yield (line.model, count, "difference", *map(difference_of, line.cells), line.verdict)
