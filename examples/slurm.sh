@@ -1,9 +1,9 @@
 #!/bin/bash
 # The paper profile on a cluster: one job of the array for each model, each on one GPU.
 #
-#   make setup && make plan PROFILE=paper     what will be fetched and how long it takes
-#   sbatch examples/slurm.sh                  from the project's root
-#   make reproduce PROFILE=paper              when all are done: nothing is left but tables, figures and notebooks
+#   make setup-gpu && make plan PROFILE=paper     what will be fetched and how long it takes
+#   sbatch examples/slurm.sh                      from the project's root
+#   make reproduce PROFILE=paper                  when all are done: nothing is left but tables, figures and notebooks
 #
 # A job that hits its time limit can be submitted again: it goes on where it was stopped. Nodes without a network need the
 # models and data in the cache beforehand (HF_HOME on a shared disk); `python -m shedder_utils doctor` says what is missing.
@@ -14,16 +14,19 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
-#SBATCH --output=runs/slurm-%A-%a.log
+#SBATCH --output=slurm-%A-%a.log
 
 set -euo pipefail
 
 models=(mamba-2.8b mamba2-2.7b zamba2-2.7b hymba-1.5b falcon-mamba-7b)
 model=${models[$SLURM_ARRAY_TASK_ID]}
 
+# The Python that make takes: of the conda environment where that is active when the job is submitted, else of .venv.
+bin=.venv/bin
+if [ "${CONDA_DEFAULT_ENV:-}" = mamba-shedder ]; then bin=$CONDA_PREFIX/bin; fi
+
 # Each job has its own folder, since all would write the same tables and notebooks at the end.
-.venv/bin/python -m shedder_utils run --profile paper --models "$model" --output "runs/slurm/$model"
+"$bin/python" -m shedder_utils run --profile paper --models "$model" --output "runs/slurm/$model"
 
 # Records of one model never collide with another's.
-mkdir -p runs
-cp -rn "runs/slurm/$model/paper" runs/
+cp -ru "runs/slurm/$model/paper" runs/

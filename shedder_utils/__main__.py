@@ -12,6 +12,7 @@ import typer
 
 from . import commands
 from .commands.options import finish, say
+from .commands.planning import warn_of_slow_scan
 from .errors import ShedderError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ def run_notebooks(
     """Run the studies that are not recorded yet, through the notebooks, and say where tables and figures are."""
     from .notebooks import run
 
+    warn_of_slow_scan(profile)
     _written(profile, run(profile, models=_names(models), studies=_names(studies), output=output))
 
 

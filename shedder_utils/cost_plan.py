@@ -2,8 +2,9 @@
 
 Searches are priced from shapes: the passes of Algorithm 1, the work that one sweep a step leaves of them before what is
 kept from step to step saves more, and the memory that `search_memory.py` adds up. Hours are the larger of arithmetic
-and memory traffic on a device, at the share of its peak that `EFFICIENCY` and `BANDWIDTH` state. Minutes on a CPU that
-was measured come from the records (`schedule.py`). Nothing is downloaded and no model is loaded.
+and memory traffic on a device, at the share of its peak that `EFFICIENCY` and `BANDWIDTH` state; on a GPU they and the
+memory are with the kernels of mamba_ssm. Minutes on a CPU that was measured come from the records (`schedule.py`).
+Nothing is downloaded and no model is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .profiles import (
 from .removal import components
 from .schedule import Schedule
 from .search_memory import GIB, TOKENS_AT_ONCE, SearchMemory, default_gib, search_memory
-from .shapes import Work, without_weights, work_per_token
+from .shapes import Work, trained_parameters, without_weights, work_per_token
 
 EFFICIENCY, BANDWIDTH = 0.3, 0.6
 """The shares of a device's peak arithmetic and of its peak memory traffic that the estimates count on."""
@@ -45,6 +46,8 @@ TOKENS_OF_A_TEXT = 105
 """Tokens of one calibration text: the mean of Alpaca with prompt, and of the pocket instructions."""
 ROWS, TOKENS_OF_A_ROW = 49_760, 140
 """Rows of the cleaned Alpaca that recovery trains on, and tokens of one, about."""
+CHECKPOINT_BYTES = 2 * (4 + 8) + 4
+"""Of each parameter that is trained: an old and a new checkpoint, with Adam's two moments, and the best state."""
 DATA_GB = 0.6
 """Alpaca, wikitext-2 and the seven tasks together, as they lie on disk."""
 TASKS = {
@@ -87,7 +90,7 @@ class Job:
     passes: what Algorithm 1 would need, one full pass of the calibration data for each candidate of each step, at most
     where one kind takes from another, without the steps that are taken over from a search before; flops, bytes: of the
     fast search and the evaluations; gib: peak memory, weights included; single: in float32, whatever the profile's
-    numbers are; memory: what a search holds at its peak, which `gib` adds up.
+    numbers are; memory: what a search holds at its peak, which `gib` adds up; checkpoints_gb: on disk, meanwhile.
     """
 
     study: str
@@ -99,6 +102,7 @@ class Job:
     gib: float
     single: bool = False
     memory: SearchMemory | None = None
+    checkpoints_gb: float = 0.0
 
 
 @dataclass
@@ -136,8 +140,14 @@ class CostPlan:
 
     @property
     def disk_gb(self) -> float:
-        """Disk for downloads, data sets with them, and what is recorded."""
-        return sum(self.downloads.values()) + (DATA_GB if self.downloads else 0.1)
+        """Disk for downloads, data sets with them, what is recorded, and the checkpoints of one tuning at a time."""
+        return sum(self.downloads.values()) + (DATA_GB if self.downloads else 0.1) + self.checkpoints_gb
+
+    @property
+    def checkpoints_gb(self) -> float:
+        """What the largest of the tunings that are left keeps on disk until it is recorded."""
+        left = {step.model for step in self.schedule.left if step.study == RECOVERY}
+        return max((job.checkpoints_gb for job in self.jobs if job.model in left), default=0.0)
 
     @property
     def not_counted(self) -> list[str]:
@@ -280,6 +290,7 @@ class _Pricing:
         return Job(
             RECOVERY, self.name, "tuning" if count == 1 else f"{count} tunings", 0, 3 * count * tokens * work.whole,
             moved, (states * 4 * self.model.num_parameters() + kept) / GIB, single=True,
+            checkpoints_gb=CHECKPOINT_BYTES * trained_parameters(self.model, recipe) / 1e9,
         )  # fmt: skip
 
 

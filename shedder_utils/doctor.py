@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 
+from .devices import device_error
 from .files import ROOT
 from .profiles import Profile
 
@@ -20,7 +21,12 @@ KERNELS = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 """The packages of GPU kernels, and the module that fails to import where they were not built."""
 SHOWN = ("torch", "transformers", "lm-eval", "datasets", "peft", "numba", *KERNELS)
 INSTALL = "make setup"
-INSTALL_KERNELS = "pip install --no-build-isolation -r requirements/gpu.txt"
+INSTALL_KERNELS = "make setup-gpu"
+REBUILD_KERNELS = "build them for this GPU: requirements/gpu.txt says how"
+REPLACE_TORCH = (
+    "on a machine with an NVIDIA GPU: make clean, then make setup-gpu; for an older GPU or driver with "
+    "TORCH_INDEX=<address of PyTorch's index for an older CUDA>"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def examine(profile: Profile | None = None) -> list[Finding]:
     on_gpu = profile is not None and profile.device == "cuda"
     findings = [
         Finding("python", f"{platform.python_version()} in {sys.prefix}"), *_packages(), *_kernels(on_gpu),
-        Finding("scan", scan("cuda" if on_gpu else "cpu")), _gpu(on_gpu),
+        _scan(on_gpu), _gpu(on_gpu),
         Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"), Finding("memory", _memory()),
     ]  # fmt: skip
     return findings + (_models(profile) if profile else [])
@@ -54,6 +60,23 @@ def scan(device: str) -> str:
     if os.environ.get("SHEDDER_SCAN") == "off":
         return "transformers fallback (SHEDDER_SCAN is off)"
     return "shedder-numba" if _import_error("numba") is None else "transformers fallback"
+
+
+def _scan(on_gpu: bool) -> Finding:
+    """Which scan will run, and what a kernel fails with on this GPU if it was built for others."""
+    name = scan("cuda" if on_gpu else "cpu")
+    error = _launch_error() if name == "mamba_ssm" and torch.cuda.is_available() else None
+    return Finding("scan", f"{name}, which fails here: {error}", REBUILD_KERNELS) if error else Finding("scan", name)
+
+
+def _launch_error() -> str | None:
+    """What the smallest launch fails with, in one line, or None; both packages are built for the same GPUs."""
+    try:
+        ones = torch.ones(1, 8, 4, device="cuda")
+        import_module("causal_conv1d").causal_conv1d_fn(ones, ones[0]).sum().item()
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    return None
 
 
 def _packages() -> list[Finding]:
@@ -87,11 +110,16 @@ def _kernels(needed: bool) -> list[Finding]:
 
 
 def _gpu(needed: bool) -> Finding:
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return Finding("GPU", ", ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in names))
-    remedy = "conda env create -f environment.yml, on a machine with an NVIDIA GPU" if needed else None
-    return Finding("GPU", f"none that torch {torch.__version__} can use", remedy)
+    """Which GPUs there are, and what computing on them fails with."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}" for gpu in gpus
+    )
+    error, ours = device_error("cuda"), f"torch {torch.__version__}"
+    if error is None:
+        return Finding("GPU", found)
+    found = f"{found}, on which {ours} fails: {error}" if gpus else f"none that {ours} can use: {error}"
+    return Finding("GPU", found, REPLACE_TORCH if needed else None)
 
 
 def _models(profile: Profile) -> list[Finding]:

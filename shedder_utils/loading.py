@@ -31,6 +31,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from . import adapters, hub, kernels
 from .components import Component, Cut
+from .devices import device_error
 from .errors import ModelError, PlanError
 from .families import FAMILIES, family_of, native
 from .pocket.prose import POCKET
@@ -69,9 +70,14 @@ def load_model(
 
     A checkpoint that the paper's authors released is the pruned model: see `families/native.py`.
     Raises ModelError if the reference cannot be found or read, its architecture is not covered, or a tensor is missing,
-    left over or misshapen.
+    left over or misshapen; and before anything is fetched, if torch cannot compute on the device.
     """
     kernels.install()
+    if error := device_error(device):
+        raise ModelError(
+            f"model {ref}: torch cannot compute on device {str(device)!r} ({error}): choose another, or see what "
+            "python -m shedder_utils doctor says"
+        )
     fetched = hub.fetch(_resolve(ref), revision)
     folder = str(fetched.folder) if fetched else _resolve(ref)
     if (base := adapters.base_of(folder)) is not None:

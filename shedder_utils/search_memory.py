@@ -2,7 +2,7 @@
 
 A sweep (`sweep.py`) holds streams: those on their way through the layers, for one calibration batch, and those kept
 from step to step, for all batches. The budget bounds both together. Beside it there are the model, one layer at
-work, and a slice of the logits.
+work, and a slice of the logits. On a GPU that is with the kernels of mamba_ssm: transformers' fallback holds more.
 
 B batch, L tokens, D model width, V vocabulary.
 """

@@ -19,6 +19,7 @@ from .families import family_of, native, random_model
 from .loading import local_folder
 from .pocket.tokenizer import load_tokenizer
 from .profiles import ProfileModel
+from .recipe import Recipe
 
 MULTIPLIED = (nn.Linear, nn.Conv1d)
 
@@ -47,6 +48,16 @@ def _configuration(settings: ProfileModel) -> PretrainedConfig:
         return native.configuration(settings.shape, f"shape of {settings.ref}")
     shape = dict(settings.shape)
     return CONFIG_MAPPING[shape.pop("model_type")].from_dict(shape)
+
+
+def trained_parameters(model: PreTrainedModel, recipe: Recipe) -> int:
+    """How many parameters a tuning trains: all, or the adapters', for which shapes are enough."""
+    if recipe.method == "full":
+        return int(model.num_parameters())
+    family, rank = family_of(model), recipe.rank or 0
+    names = {name for role in recipe.targets or () for name in family.projections[role]}
+    targets = [m for name, m in family.layers(model).named_modules() if name.rpartition(".")[2] in names]
+    return sum(rank * (module.in_features + module.out_features) for module in targets)
 
 
 @dataclass(frozen=True)

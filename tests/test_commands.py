@@ -197,6 +197,15 @@ def test_the_plan_says_what_its_hours_leave_out(tmp_path: Path) -> None:
     assert "do not count" not in err
 
 
+def test_a_run_on_a_gpu_without_kernels_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shedder_utils.notebooks.run", lambda *_, **__: [])
+    monkeypatch.setattr("shedder_utils.kernels.active", lambda device: "transformers")
+    assert call("run", "--profile", "paper")[2].startswith("WARNING: the kernels of mamba_ssm do not run here")
+    assert not call("run", "--profile", "laptop")[2]
+    monkeypatch.setattr("shedder_utils.kernels.active", lambda device: "mamba_ssm")
+    assert not call("run", "--profile", "paper")[2]
+
+
 def test_stages_are_read_as_table_3_writes_them() -> None:
     targets = {row.labels["target"] for row in paper.rows(3)} - {"dense"}
     for target in targets:

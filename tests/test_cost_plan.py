@@ -12,11 +12,23 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from shedder_utils import Calibration, ProfileError, Stage, cost_plan, paper, profiles, search, shapes, studies
+from shedder_utils import (
+    Calibration,
+    ProfileError,
+    Stage,
+    adapters,
+    cost_plan,
+    paper,
+    profiles,
+    search,
+    shapes,
+    studies,
+)
 from shedder_utils.__main__ import app
 from shedder_utils.cost_plan import CostPlan, candidates_by_step
 from shedder_utils.costs import costs
 from shedder_utils.families import random_model
+from shedder_utils.recipe import Recipe
 from shedder_utils.schedule import Schedule
 from shedder_utils.workbench import Workbench
 
@@ -176,7 +188,9 @@ def test_work_is_what_a_pass_counts() -> None:
 
 def test_downloads_memory_and_hours(of_paper: CostPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_paper.downloads["mamba-2.8b"] == 11.1
-    assert sum(of_paper.downloads.values()) < of_paper.disk_gb < 60
+    tuned_gb = (2 * (4 + 8) + 4) * paper.models()["mamba2-2.7b"]["parameters"] / 1e9
+    assert of_paper.checkpoints_gb == pytest.approx(tuned_gb)
+    assert 0 < of_paper.disk_gb - sum(of_paper.downloads.values()) - tuned_gb < 1
     weights = {name: 2 * count / 2**30 for name, count in STORED.items()}
     for job in of_paper.jobs:
         assert weights.get(job.model, 0) < job.gib < (80 if job.study == "recovery" else 32), job
@@ -184,6 +198,23 @@ def test_downloads_memory_and_hours(of_paper: CostPlan, monkeypatch: pytest.Monk
     assert tuned == {"mamba2-2.7b", "zamba2-2.7b", "hymba-1.5b"}
     hours = [sum(device.hours(job) for job in of_paper.jobs) for device in of_paper.devices]
     assert 0.5 < hours[2] < hours[1] < hours[0] < 200
+
+
+@pytest.mark.parametrize("family", ["mamba2", "zamba2", "hymba"])
+def test_trained_parameters_are_those_of_the_adapters(family: str) -> None:
+    model = random_model(family=family, layers=6, hidden_size=32, seed=0, vocab_size=40)
+    targets = ("input", "output", "mlp") if family == "hymba" else ("input", "output")
+    recipe = Recipe.of(method="lora", rank=4, targets=targets)
+    planned = shapes.trained_parameters(model, recipe)
+    assert shapes.trained_parameters(model, Recipe.of(method="full")) == model.num_parameters()
+    adapters.attach(model, recipe)
+    assert 0 < planned == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_tunings_that_are_done_need_no_disk(of_paper: CostPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [step for step in of_paper.schedule.left if (step.study, step.model) != ("recovery", "mamba2-2.7b")]
+    monkeypatch.setattr(Schedule, "left", left)
+    assert 0 < of_paper.checkpoints_gb < 5
 
 
 def test_a_model_that_is_here_is_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,6 +229,7 @@ def test_the_memory_of_a_models_largest_search_is_shown_as_it_adds_up(tmp_path: 
     ran = CliRunner().invoke(app, ["plan", *options])
     assert ran.exit_code == 0, ran.output
     jobs = [job for job in json.loads(ran.stdout)["jobs"] if job["memory"]]
+    assert "with the kernels of mamba_ssm (make setup-gpu)" in ran.stderr
     shown = [line for line in ran.stderr.splitlines() if line.startswith("memory of ")]
     assert len(shown) == 2
     for line, model in zip(shown, ("mamba-2.8b", "mamba2-2.7b"), strict=True):

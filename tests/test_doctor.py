@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from shedder_utils import doctor, kernels, profiles
+from shedder_utils import devices, doctor, kernels, profiles
 
 
 def found(findings: list[doctor.Finding]) -> dict[str, str]:
@@ -45,14 +45,78 @@ def test_gpu_kernels_count_only_if_they_import(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_paper_wants_a_gpu_and_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "device_error", lambda device: "no driver")
     monkeypatch.setattr(
         doctor, "_import_error", lambda module: None if module == "numba" else "ImportError: no such symbol"
     )
     remedies = missing(doctor.examine(profiles.load("paper")))
-    assert remedies["mamba-ssm"] == "pip install --no-build-isolation -r requirements/gpu.txt"
-    assert "environment.yml" in remedies["GPU"]
+    assert remedies["mamba-ssm"] == "make setup-gpu"
+    assert "make setup-gpu" in remedies["GPU"]
+    assert f"none that torch {torch.__version__} can use: no driver" in found(doctor.examine()).values()
     assert not missing(doctor.examine(profiles.load("pocket")))
+
+
+V100 = SimpleNamespace(name="Tesla V100", total_memory=32 * 2**30, major=7, minor=0)
+NO_CODE = "CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.fixture
+def _on_a_v100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a V100, and tensors that lie on the CPU all the same."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: V100)
+    monkeypatch.setattr(doctor, "device_error", lambda device: None)
+    for module in doctor.KERNELS.values():
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+
+
+@pytest.mark.usefixtures("_on_a_v100")
+def test_a_gpu_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = doctor._gpu(needed=True)
+    assert (gpu.found, gpu.remedy) == ("Tesla V100, 32 GiB, compute capability 7.0", None)
+    monkeypatch.setattr(doctor, "device_error", lambda device: NO_CODE)
+    gpu = doctor._gpu(needed=True)
+    assert gpu.found.endswith(f"7.0, on which torch {torch.__version__} fails: {NO_CODE}")
+    assert gpu.remedy
+    assert "TORCH_INDEX" in gpu.remedy
+
+
+@pytest.mark.usefixtures("_on_a_v100")
+def test_kernels_that_were_built_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert (x.shape[1], 4) == weight.shape  # (B, E, L) and (E, width)
+        if built_for_others:
+            raise RuntimeError(f"{NO_CODE}\nand more lines")
+        return x
+
+    sys.modules["causal_conv1d"].__dict__["causal_conv1d_fn"] = convolution
+    built_for_others = False
+    assert doctor._scan(on_gpu=True) == doctor.Finding("scan", "mamba_ssm")
+    built_for_others = True
+    failing = doctor._scan(on_gpu=True)
+    assert failing.found == f"mamba_ssm, which fails here: {NO_CODE}"
+    assert failing.remedy
+    assert "requirements/gpu.txt" in failing.remedy
+
+
+def test_a_device_is_tried() -> None:
+    assert devices.device_error("cpu") is None
+    for device in ("cuda:99", "gpu"):
+        error = devices.device_error(device)
+        assert error
+        assert "\n" not in error
+
+
+def test_a_gpu_without_kernels_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "active", lambda device: "transformers")
+    assert devices.slow_scan("cpu") is None
+    assert "make setup-gpu" in (devices.slow_scan("cuda:1") or "")
+    monkeypatch.setattr(kernels, "active", lambda device: "mamba_ssm")
+    assert devices.slow_scan("cuda") is None
 
 
 def test_a_missing_and_an_old_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

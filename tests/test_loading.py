@@ -10,7 +10,7 @@ from conftest import CONFIGS, random_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shedder_utils import ModelError, load_model
+from shedder_utils import ModelError, hub, load_model
 from shedder_utils.loading import fingerprint
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
@@ -55,6 +55,16 @@ def test_other_architectures_and_absent_models_are_refused(tmp_path: Path) -> No
         load_model("pocket-nothing")
     with pytest.raises(ModelError, match="no usable configuration"):
         load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda:99"), "gpu"])
+def test_a_device_that_cannot_compute_is_refused_before_a_download(
+    device: str | torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises(ModelError, match=r"someone/mamba: torch cannot compute on device '(cuda:99|gpu)'") as caught:
+        load_model("someone/mamba", device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

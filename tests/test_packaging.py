@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -59,16 +60,18 @@ def test_lock_has_what_each_package_needs(package):
 
 
 def test_gpu_kernels_go_with_the_rest():
-    """The second step on a GPU changes nothing that the first one set, and is what the instructions name."""
+    """The second step on a GPU changes nothing that the first one set, finds its build tools there, and is named."""
     kernels, text = dict(locked("gpu.txt")), (ROOT / "environment.yml").read_text()
     conda = {canonicalize_name(pin.name): pin for pin in map(Requirement, CONDA["dependencies"][-1]["pip"])}
     assert {"mamba-ssm", "causal-conv1d"} <= kernels.keys()
     assert kernels["mamba-ssm"] == "2.3.2.post1"
+    assert {"packaging", "setuptools", "ninja", "wheel"} <= LOCK.keys() & conda.keys()
+    assert all(conda[name].specifier == SpecifierSet(f"=={LOCK[name]}") for name in conda)
     for name, version in kernels.items():
         assert name not in LOCK or LOCK[name] == version
         assert name not in conda or conda[name].specifier.contains(version)
-    assert "-r requirements/gpu.txt" in text
-    assert "-r requirements/gpu.txt" in doctor.INSTALL_KERNELS
+    assert f"\n#   {doctor.INSTALL_KERNELS}\n" in text
+    assert doctor.INSTALL_KERNELS in (ROOT / "requirements" / "gpu.txt").read_text()
     assert all("MAMBA_KEEP_CUDA_BUILD=TRUE" in part for part in (text, (ROOT / "requirements" / "gpu.txt").read_text()))
 
 
@@ -110,4 +113,65 @@ def test_citation_names_this_version_and_licence():
 def test_every_make_target_is_explained():
     text = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
-    assert re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE) == phony
+    assert re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE) == phony
+
+
+def commands(target, *options, **environment):
+    """What make would run for a target."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "CONDA_DEFAULT_ENV")}
+    ran = subprocess.run(["make", "-n", "-W", "requirements/cpu.txt", *options, target], cwd=ROOT,
+                         capture_output=True, text=True, env=inherited | environment)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.replace("\\\n", "").splitlines()
+
+
+def installs(lines):
+    """Into which folder of programs each of them installs, and what."""
+    found = [re.fullmatch(r"(\S+)/pip install (.*)", line) for line in lines]
+    return [(one[1], one[2].split()[-1]) for one in found if one]
+
+
+def test_make_takes_an_environment_as_it_is():
+    conda = {"CONDA_DEFAULT_ENV": "mamba-shedder", "CONDA_PREFIX": "/conda"}
+    chosen = [("/conda", [], conda), ("/mine", ["BIN=/mine/bin"], {}), ("/mine", ["BIN=/mine/bin"], conda)]
+    for prefix, options, environment in chosen:
+        (line,) = commands("reproduce", *options, **environment)
+        assert line.startswith(f"{prefix}/bin/python -m shedder_utils run ")
+        assert installs(commands("setup-gpu", *options, **environment)) == [
+            (f"{prefix}/bin", "requirements/cpu.txt"), (f"{prefix}/bin", ".")
+        ]  # fmt: skip
+    assert CONDA["name"] == conda["CONDA_DEFAULT_ENV"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"CONDA_DEFAULT_ENV": "base", "CONDA_PREFIX": "/conda"}, {"BIN": "/usr"}])
+def test_make_sets_up_its_own_environment_otherwise(environment):
+    before = [(".venv/bin", "requirements/cpu.txt"), (".venv/bin", ".")]
+    lines = commands("setup-gpu", **environment)
+    assert installs(lines) == before * 2
+    kernels = [line for line in lines if "-r requirements/gpu.txt" in line]
+    assert [line.split()[0] for line in kernels] == [".venv/bin/pip"]
+    assert "--no-build-isolation" in kernels[0]
+    assert "--no-cache-dir" in kernels[0], "a wheel of an earlier build may be for another torch"
+    assert installs(commands("reproduce", **environment)) == before
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the example is a script for bash")
+def test_a_job_of_a_cluster_runs_what_make_takes(tmp_path):
+    job = ROOT / "examples" / "slurm.sh"
+    log = re.search(r"^#SBATCH --output=(\S+)$", job.read_text(), re.MULTILINE)[1]
+    assert "/" not in log, "SLURM opens the log before the job can make a folder for it"
+    for prefix in (".venv", "conda"):
+        python = tmp_path / prefix / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nmkdir -p "$9/paper"\necho {prefix} "$@" > "$9/paper/record"\n')
+        python.chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONDA")}
+    conda = {"CONDA_DEFAULT_ENV": CONDA["name"], "CONDA_PREFIX": str(tmp_path / "conda")}
+    for environment, prefix in (({}, ".venv"), (conda, "conda")):  # the second job goes on after the first
+        given = inherited | environment | {"SLURM_ARRAY_TASK_ID": "1"}
+        subprocess.run(["bash", str(job)], cwd=tmp_path, env=given, check=True)
+        ran = (tmp_path / "runs" / "paper" / "record").read_text()
+        expected = "run --profile paper --models mamba2-2.7b --output runs/slurm/mamba2-2.7b"
+        assert ran == f"{prefix} -m shedder_utils {expected}\n"

@@ -71,8 +71,8 @@ def test_the_commands_run(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_links_files_and_targets_exist(text: str) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+)\b", " ".join(re.findall(r"`[^`]+`", text)))) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)\b", " ".join(re.findall(r"`[^`]+`", text)))) <= targets
     for name in re.findall(r"`((?:shedder_utils|tests|notebooks|pocket|requirements)/[\w./]*)`", text):
         assert (ROOT / name).exists(), name
 

@@ -172,6 +172,7 @@ def test_fused_kernels_stay_out_of_the_way(tokenizer: Any, monkeypatch: pytest.M
     def fused(projected: torch.Tensor, *_: Any, outproj_weight: torch.Tensor, **__: Any) -> torch.Tensor:
         return projected[..., : outproj_weight.shape[1]] @ outproj_weight.T
 
+    kernels.install()
     monkeypatch.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused)
     recover(dense("mamba2"), tokenizer, ROWS, **LORA)
     assert modeling_mamba2.mamba2_split_conv1d_scan_combined is fused

@@ -51,12 +51,16 @@ def weights(ref: str, device: str, dtype: str) -> PreTrainedModel:
 def _load(ref: str, device: str, dtype: str, tokenizer: str | bool | None) -> Any:
     import torch
 
+    from ..devices import slow_scan
     from ..loading import load_model
 
     if dtype and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
     say(f"loading {ref}")
-    return load_model(ref, device=device, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer)
+    found = load_model(ref, device=device, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer)
+    if warning := slow_scan(device):
+        say(warning)
+    return found
 
 
 def stages_of(text: str) -> list[Stage]:

@@ -51,7 +51,8 @@ def _lines(plan: CostPlan) -> Iterator[str]:
 
     yield f"profile {plan.profile.name}: {plan.profile.title}"
     parts = ", ".join(f"{name} {size:g} GB" for name, size in plan.downloads.items())
-    yield f"download: {parts or 'nothing'}; disk: {plan.disk_gb:.1f} GB"
+    tuning = f", {plan.checkpoints_gb:.1f} of them while a tuning runs" if plan.checkpoints_gb >= 1 else ""
+    yield f"download: {parts or 'nothing'}; disk: {plan.disk_gb:.1f} GB{tuning}"
     heads = "".join(f"{device.name:>14}" for device in plan.devices)
     yield f"{'study':20} {'model':20} {'':16} {'passes':>7} {'PFLOP':>9} {'GiB':>6}{heads}"
     for job in plan.jobs:
@@ -62,6 +63,8 @@ def _lines(plan: CostPlan) -> Iterator[str]:
     yield f"{'all':20} {'':20} {'':16} {'':7} {sum(job.flops for job in plan.jobs) / 1e15:9.3g} {'':6}{total}"
     yield "passes: of Algorithm 1, one for each candidate of each step, at most where one kind takes from another"
     yield f"hours: at {EFFICIENCY:.0%} of a device's peak arithmetic, {BANDWIDTH:.0%} of its memory traffic"
+    if plan.profile.device == "cuda":
+        yield "hours and GiB: with the kernels of mamba_ssm (make setup-gpu), which a V100 needs built for it"
     if plan.not_counted:
         yield f"hours do not count what is timed or listed: {', '.join(plan.not_counted)}"
     yield from _memory(plan)
@@ -82,17 +85,29 @@ def _hours(needed: float, there: float, hours: float) -> str:
 
 
 def _found(plan: CostPlan) -> Iterator[str]:
-    """Which of the jobs fit the GPU that is here, if the profile wants one."""
+    """Which of the jobs fit the GPU that is here, if the profile wants one, and whether they would run as planned."""
     import torch
+
+    from ..devices import device_error, slow_scan
 
     if plan.profile.device != "cuda":
         return
-    if not torch.cuda.is_available():
-        yield "this machine has no GPU that torch can use: python -m shedder_utils doctor says what is missing"
+    if error := device_error("cuda"):
+        yield f"this machine has no GPU that torch can use ({error}): see python -m shedder_utils doctor"
         return
     gpu = torch.cuda.get_device_properties(0)
     fitting = [job for job in plan.jobs if job.gib <= gpu.total_memory / 2**30]
     yield f"on the {gpu.name} here {len(fitting)} of {len(plan.jobs)} jobs fit"
+    yield from filter(None, [slow_scan("cuda")])
+
+
+def warn_of_slow_scan(profile: str) -> None:
+    """One loud line where a profile's models would run on a GPU without the kernels of mamba_ssm."""
+    if profiles.load(profile).device == "cuda":
+        from ..devices import slow_scan
+
+        if warning := slow_scan("cuda"):
+            say(warning)
 
 
 def examine_machine(
