@@ -6,18 +6,19 @@ import math
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_model, random_model_of
-from torch import Tensor
+from conftest import random_model
+from kernel_packages import packages_at_work
+from test_surgery import IDS, PADDED, TOLERANCE, build, caching, error, logits, plan_of, step_by_step
 from torch.nn.functional import cross_entropy
 
-from shedder_utils import Calibration, ModelError, Stage, kernels, perplexity, search
-from shedder_utils.hymba import HymbaConfig, mixer
+from shedder_utils import Calibration, ModelError, Stage, describe, extract, kernels, perplexity, removed, search
+from shedder_utils.components import Cut
 from shedder_utils.importance import Perplexity, final_states
+from shedder_utils.kernels import packages
 from shedder_utils.out_of_memory import once_smaller
 from shedder_utils.search_memory import GIB
 from shedder_utils.sweep import Sweep
@@ -129,67 +130,78 @@ def test_the_scan_that_runs_on_a_gpu_is_named(installed: str, scan: str) -> None
     assert run.stdout.split() == [scan, scan, "shedder-numba"], run.stderr
 
 
-class Kernels:
-    """What mamba_ssm and causal_conv1d offer, by transformers' names and with their own arguments; counts the calls."""
-
-    def __init__(self) -> None:
-        self.called: Counter[str] = Counter()
-
-    def mamba_selective_scan(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-        return_last_state: bool = False,
-    ) -> Any:  # fmt: skip
-        self.called["mamba_selective_scan"] += 1
-        u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
-        y, state = kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
-
-    def mamba_selective_state_update(
-        self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
-    ) -> Tensor:  # fmt: skip
-        self.called["mamba_selective_state_update"] += 1
-        x, dt, B, C, z = (part[:, None] for part in (x, dt, B, C, z))
-        y, after = kernels.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state=state)
-        state.copy_(after)
-        return y[:, 0]
-
-    def causal_conv1d_fn(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: None = None,
-        initial_states: None = None, return_final_states: bool = False, final_states_out: None = None,
-        activation: str | None = None,
-    ) -> Tensor:  # fmt: skip
-        self.called["causal_conv1d_fn"] += 1
-        return kernels.causal_conv(x.transpose(1, 2), weight, bias, silu=activation == "silu").transpose(1, 2)
-
-    def causal_conv1d_update(
-        self, x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        self.called["causal_conv1d_update"] += 1
-        window = torch.cat([conv_state, x], dim=-1)[..., 1:]
-        conv_state.copy_(window)
-        y = kernels.causal_conv(window.transpose(1, 2), weight, bias, silu=activation == "silu")
-        return y.transpose(1, 2)[..., -1:]
+IN_PREFILL = {"mamba": "selective_scan_fn", "falcon_mamba": "selective_scan_fn", "hymba": "selective_scan_fn",
+              "mamba2": "mamba_chunk_scan_combined", "zamba2": "mamba_chunk_scan_combined"}  # fmt: skip
+FUSED = {"mamba": "mamba_inner_fn", "mamba2": "mamba_split_conv1d_scan_combined",
+         "zamba2": "mamba_split_conv1d_scan_combined"}  # fmt: skip
+ON_KERNELS = [
+    *((family, "") for family in IN_PREFILL),
+    *((family, "inner_channels:0/41 states:0/5 ssm:1 mamba_block:2") for family in ("mamba", "falcon_mamba")),
+    ("mamba2", "heads:0/2 states:1/7 ssm:2 mamba_block:3"),
+    ("zamba2", "heads:0/2 states:0/7 heads:3/2 ssm:1 mha:0 mamba_block:5"),
+    ("hymba", "attention:0 attention:2 ssm:2 ssm:3 hymba_block:7"),
+]
+"""Numbers of channels among them that are no multiples of 8, and of states that are no powers of 2."""
 
 
 @torch.no_grad()
-def test_hymbas_heads_run_on_the_kernels_in_prefill_and_in_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "intermediate_size": 48, "pad_token_id": 0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_memory_tokens": 4, "sliding_window": 6}
-    model = random_model_of(HymbaConfig(**size, **heads))
-    ids = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(2))
-    expected, stand_in = model(ids, use_cache=False).logits, Kernels()
-    in_prefill = ("causal_conv1d_fn", "mamba_selective_scan")
-    in_decode = ("causal_conv1d_update", "mamba_selective_state_update")
-    for name in (*in_prefill, *in_decode):
-        monkeypatch.setattr(mixer.scans, name, getattr(stand_in, name))
-    prefill = model(ids[:, :-1], use_cache=True)
-    assert stand_in.called == dict.fromkeys(in_prefill, 6)
-    stand_in.called.clear()
-    decode = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
-    assert stand_in.called == dict.fromkeys(in_decode, 6)
-    torch.testing.assert_close(torch.cat([prefill.logits, decode.logits], dim=1), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("family", "gone"), ON_KERNELS)
+def test_on_the_packages_kernels_a_model_computes_the_same(
+    family: str, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    cuts = [Cut.parse(cut) for cut in gone.split()]
+    smaller = extract(model, plan_of(model, gone)) if gone else model
+    expected, padded = logits(smaller), logits(smaller, PADDED)
+    with packages_at_work(monkeypatch) as calls:
+        assert error(logits(smaller), expected) < TOLERANCE
+        assert set(calls) == {"causal_conv1d_fn", IN_PREFILL[family]}
+        with removed(model, cuts):
+            assert error(logits(model), expected) < TOLERANCE
+        assert error(logits(smaller, PADDED), padded) < TOLERANCE
+        assert error(smaller(IDS[:, :1], use_cache=False).logits, expected[:, :1]) < TOLERANCE
+        stepped, cache = step_by_step(smaller, torch.ones_like(IDS))
+        assert error(stepped, expected) < TOLERANCE
+        calls.clear()
+        smaller(IDS[:, :1], use_cache=True, **{caching(model): cache})
+    assert set(calls) == {"causal_conv1d_update", "selective_state_update"}
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "zamba2"])
+def test_in_training_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the kernels for whole mixers, except Falcon-Mamba's, which would be those of another model."""
+    model = build(family)
+    expected = logits(model)
+    with packages_at_work(monkeypatch) as calls:
+        found = model.train()(IDS, use_cache=False).logits
+    assert error(found.detach(), expected) < TOLERANCE
+    assert set(calls) == ({FUSED[family]} if family in FUSED else {"causal_conv1d_fn", "selective_scan_fn"})
+
+
+@pytest.mark.parametrize("family", list(IN_PREFILL))
+def test_in_half_precision_the_kernels_get_the_dtypes_that_they_take(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family).bfloat16()
+    whole = torch.ones_like(IDS)
+    expected = step_by_step(model, whole)[0]
+    with packages_at_work(monkeypatch):
+        assert error(step_by_step(model, whole)[0], expected) < 0.15
+        assert error(logits(model), expected) < 0.15
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(IN_PREFILL))
+def test_kernels_are_left_alone_where_there_is_no_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device costs are counted, and on a CPU transformers' functions take what we do not."""
+    model = build(family).double()
+    expected, counted = logits(model), describe(model, tokens=9)
+    with packages_at_work(monkeypatch) as calls, monkeypatch.context() as changes:
+        changes.setattr(packages, "on_gpu", lambda x: x.is_cuda)
+        assert describe(model, tokens=9).equals(counted)
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(model.train()(IDS, use_cache=False).logits, expected)
+    assert not calls
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

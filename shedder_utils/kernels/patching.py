@@ -5,12 +5,11 @@ one-token updates, which its mixers look up as module globals at every call. `in
 that all models of these classes, those already built included, use our scans. Of its classes it replaces the `forward`
 of RMS norms, seven passes over the memory, by torch's single one, and of mixers for one token (decode.py). Inputs that
 ours do not handle (another device, float64, an activation other than SiLU, packed sequences, tracing by torch.compile)
-go on to the original function.
+go on to the original function (packages.py).
 """
 
 import functools
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,9 @@ from transformers.cache_utils import Cache
 
 from . import decode
 from .conv import causal_conv
+from .fused import whole_mixer
 from .memory import keep_freed_memory
+from .packages import chosen_for_device, package_of, packed, readable
 from .selective_scan import selective_scan
 from .simd import LANES
 from .ssd import ssd
@@ -48,10 +49,6 @@ def _float32(*tensors: Tensor | None) -> bool:
     return floats and not torch.compiler.is_compiling()
 
 
-def _packed(arguments: dict[str, Any]) -> bool:
-    return arguments.get("seq_idx") is not None or arguments.get("cu_seqlens") is not None
-
-
 def _mamba_selective_scan(original: Function) -> Function:
     @functools.wraps(original)
     def scan(
@@ -70,8 +67,9 @@ def _mamba_selective_scan(original: Function) -> Function:
         if hidden_states.is_meta:  # there are shapes only, for which the original would go from token to token
             y, state = torch.empty_like(hidden_states), A.new_empty(len(hidden_states), *A.shape, dtype=torch.float32)
             return (y, state) if return_last_state else y
-        if _packed(options) or not _supported(hidden_states, dt, A, B, C, D, z, delta_bias):
-            return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
+        if packed(options) or not _supported(hidden_states, dt, A, B, C, D, z, delta_bias):
+            options |= {"delta_softplus": delta_softplus, "return_last_state": return_last_state}
+            return original(hidden_states, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, **options)
         u, dt, B, C = (x.transpose(1, 2) for x in (hidden_states.float(), dt, B, C))
         gate = None if z is None else z.transpose(1, 2)
         y, state = selective_scan(u, dt, A, B, C, D, gate, delta_bias, delta_softplus)
@@ -97,22 +95,10 @@ def _mamba2_chunk_scan(original: Function) -> Function:
         return_final_states: bool = False,
         **options: Any,
     ) -> Any:
-        if _packed(options) or not _supported(hidden_states, dt, A, B, C, D, dt_bias, initial_states):
-            return original(
-                hidden_states,
-                dt,
-                A,
-                B,
-                C,
-                chunk_size,
-                D,
-                dt_bias,
-                initial_states,
-                dt_softplus,
-                dt_limit,
-                return_final_states,
-                **options,
-            )
+        if packed(options) or not _supported(hidden_states, dt, A, B, C, D, dt_bias, initial_states):
+            options |= {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+            options |= {"initial_states": initial_states, "return_final_states": return_final_states}
+            return original(hidden_states, dt, A, B, C, chunk_size, **options)
         y, state = ssd(hidden_states.float(), dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_states)
         return (y, state) if return_final_states else y
 
@@ -124,8 +110,8 @@ def _causal_conv1d_fn(original: Function) -> Function:
     def convolution(
         hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **options: Any
     ) -> Tensor:
-        if _packed(options) or activation not in ("silu", "swish", None) or not _supported(hidden_states, weight, bias):
-            return original(hidden_states, weight, bias, activation, **options)
+        if packed(options) or activation not in ("silu", "swish", None) or not _supported(hidden_states, weight, bias):
+            return original(readable(hidden_states), weight, bias=bias, activation=activation, **options)
         return causal_conv(hidden_states.transpose(1, 2), weight, bias, activation is not None).transpose(1, 2)
 
     return convolution
@@ -148,7 +134,8 @@ def _mamba_selective_state_update(original: Function) -> Function:
     ) -> Tensor:
         supported = _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z)
         if not supported or D is None or dt_bias is None or not can_update(state, *A.shape):
-            return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **options)
+            options |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+            return original(state, hidden_states, dt, A, B, C, **options)
         y = state_update(state, hidden_states, dt, A, B[:, None], C[:, None], D, z, dt_bias, dt_softplus)
         return y.to(hidden_states.dtype)
 
@@ -174,7 +161,8 @@ def _mamba2_selective_state_update(original: Function) -> Function:
         by_head = A.stride()[1:] == (0, 0) and dt.stride(-1) == 0 and P % LANES == 0
         supported = by_head and _supported(state, hidden_states, dt, A, B, C, D, dt_bias, z)
         if not supported or D is None or dt_bias is None or not can_update(state, H * P, N):
-            return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **options)
+            options |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+            return original(state, hidden_states, dt, A, B, C, **options)
         gate = None if z is None else z.flatten(1)
         x, steps, decays = hidden_states.flatten(1), dt[..., 0], A[:, 0, 0]
         y = state_update(state.view(-1, H * P, N), x, steps, decays, B, C, D[:, 0], gate, dt_bias[:, 0], dt_softplus)
@@ -196,7 +184,7 @@ def _causal_conv1d_update(original: Function) -> Function:
         supported = _supported(hidden_states, conv_state, weight, bias) and activation in ("silu", "swish", None)
         one_token = length == 1 and conv_state.shape[-1] == weight.shape[-1]
         if not supported or not one_token or bias is None or not can_update(conv_state, channels, LANES):
-            return original(hidden_states, conv_state, weight, bias, activation)
+            return original(hidden_states, conv_state, weight, bias=bias, activation=activation)
         y = window_update(conv_state, hidden_states[..., 0], weight, bias, activation is not None)
         return y[..., None].to(hidden_states.dtype)
 
@@ -253,6 +241,8 @@ _REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
     "mamba_selective_state_update": _mamba_selective_state_update,
     "mamba2_selective_state_update": _mamba2_selective_state_update,
     "causal_conv1d_update": _causal_conv1d_update,
+    "mamba_inner_fn": whole_mixer,
+    "mamba2_split_conv1d_scan_combined": whole_mixer,
 }
 
 
@@ -265,12 +255,16 @@ def _replaceable() -> Iterator[tuple[Any, str, Callable[[Function], Function]]]:
     covered = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in _FAMILIES]
     for place, module in list(sys.modules.items()):
         if place.startswith("transformers.models.") and ".modeling_" in place:
-            yield from ((module, name, ours) for name, ours in _REPLACEMENTS.items() if name in vars(module))
+            yield from ((module, name, _around(ours)) for name, ours in _REPLACEMENTS.items() if name in vars(module))
     for module in covered:
         for name, found in vars(module).items():
             for end, ours in _CLASSES.items():
                 if name.endswith(end) and found.__module__ == module.__name__:
                     yield found, "forward", ours
+
+
+def _around(ours: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    return lambda original: ours(chosen_for_device(original))
 
 
 def install() -> None:
@@ -317,13 +311,4 @@ def active(device: str | torch.device = "cpu") -> str:
         return "shedder-numba" if _originals else "transformers"
     modules = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in _FAMILIES]
     scans = [vars(module)[name] for module in modules for name in SCANS if name in vars(module)]
-    return "mamba_ssm" if all(map(_of_mamba_ssm, scans)) else "transformers"
-
-
-def _of_mamba_ssm(scan: Function) -> bool:
-    """Whether behind a function of a modeling file, ours around it set aside, there is a kernel of mamba_ssm."""
-    for (_, name), original in _originals.items():
-        if name in SCANS and getattr(scan, "__wrapped__", None) is original:
-            scan = original
-    chosen = inspect.getclosurevars(scan).nonlocals.get("implementation")
-    return str(getattr(chosen, "__module__", "")).split(".")[0] == "mamba_ssm"
+    return "mamba_ssm" if all(package_of(scan) == "mamba_ssm" for scan in scans) else "transformers"
