@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,12 @@ def test_every_public_name_is_there() -> None:
 def test_a_module_does_not_hide_the_function_of_its_name(name: str) -> None:
     setattr(shedder_utils, name, importlib.import_module(f"shedder_utils.{name}"))  # as an import of the module does
     assert inspect.isfunction(getattr(shedder_utils, name))
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "10000"), ("7", "7")])
+def test_threads_do_not_spin_for_long_unless_told_to(before: str | None, after: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {} if before is None else {"GOMP_SPINCOUNT": before}
+    code = "import os, shedder_utils; print(os.environ['GOMP_SPINCOUNT'])"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == after
