@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .surgery import extract, save_pruned
 
 # Threads of GNU's OpenMP, which torch computes with, wait for each other by spinning, by default for so long that one
-# other busy process makes a model on two cores twenty times slower. This much spinning costs a tenth on a quiet machine.
+# other busy process makes a model on two cores twenty times slower. So little of it costs a tenth on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __all__ = [
