@@ -3,6 +3,7 @@
 PROFILE ?= pocket
 MODELS ?=
 STUDIES ?=
+QUICK ?=
 TORCH_INDEX ?=
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 
@@ -58,8 +59,8 @@ record: $(READY)  ## for maintainers: make a finished run of committed code the 
 test: lint  ## check style and types, then run the tests
 	@$(BIN)/python -m pytest -q
 
-rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (hours)
-	@$(BIN)/python -m tests.hub --models "$(MODELS)" --studies "$(STUDIES)"
+rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (hours; QUICK=1: about one)
+	@$(BIN)/python -m tests.hub --models "$(MODELS)" --studies "$(STUDIES)" $(if $(QUICK),--quick)
 
 lint: $(READY)  ## check style and types only
 	@$(BIN)/ruff check .
