@@ -121,8 +121,8 @@ def commands(target, *options, **environment):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "CONDA_DEFAULT_ENV")}
-    ran = subprocess.run(["make", "-n", "-W", "requirements/cpu.txt", *options, target], cwd=ROOT,
-                         capture_output=True, text=True, env=inherited | environment)  # fmt: skip
+    run = ["make", "-n", "--no-print-directory", "-W", "requirements/cpu.txt", *options, target]
+    ran = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=inherited | environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.replace("\\\n", "").splitlines()
 
