@@ -135,7 +135,7 @@ def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 again = bool(failures) and failures[-1].why == error.why
                 failures.append(error)
-                if again or not kernel.is_alive():
+                if again:
                     break
             else:
                 mark(folder / file.name, wanted[file])
@@ -148,7 +148,6 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
     Raises ProfileError for a parameter that it does not have, NotebookError with the last line of what went wrong.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     known = papermill.inspect_notebook(str(notebook))
@@ -177,9 +176,6 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
         raise NotebookError(
             f"{notebook.name}, cell {error.exec_count}", f"{error.ename}: {error.evalue}", target
         ) from error
-    except DeadKernelError as error:
-        why = "its Python process ended, as one does that takes more memory than there is"
-        raise NotebookError(notebook.name, why, target) from error
     _tidy(target)
 
 

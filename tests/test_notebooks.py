@@ -107,6 +107,13 @@ def test_the_first_notebook_takes_a_model_of_any_family(tmp_path: Path, model: s
     assert len(list(tmp_path.glob(f"smoke/dense/{model}/*.json"))) == 2
 
 
+def test_a_notebook_that_fails_says_where_and_why(tmp_path: Path) -> None:
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "one.ipynb")
+    with notebooks._kernel() as kernel, pytest.raises(notebooks.NotebookError) as caught:
+        notebooks.execute(tmp_path / "one.ipynb", tmp_path / "executed.ipynb", {}, kernel)
+    assert str(caught.value).startswith("one.ipynb, cell 1: ZeroDivisionError: division by zero; see ")
+
+
 def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no parameter 'profil'"):
         notebooks.execute(FILES[0], tmp_path / "out.ipynb", {"profil": "smoke"})

@@ -6,7 +6,6 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,7 +179,6 @@ def test_a_notebook_that_fails_does_not_keep_the_others_from_running(run, monkey
             raise notebooks.NotebookError(notebook.name, left.pop(0), target)
 
     monkeypatch.setattr(notebooks, "execute", failing)
-    monkeypatch.setattr(notebooks, "_kernel", lambda *_: nullcontext(SimpleNamespace(is_alive=lambda: True)))
     with pytest.raises(ShedderError, match=f"{len(reasons)} of 3 notebooks failed; the first: 01_blocks.ipynb: "):
         run()
     assert len(executed) == tried
