@@ -25,13 +25,14 @@ from .profiles import Profile
 from .schedule import Schedule, choosing, steps
 
 if TYPE_CHECKING:
-    from jupyter_client.manager import KernelManager
+    from jupyter_client.manager import AsyncKernelManager
 
 FOLDER = ROOT / "notebooks"
 KERNEL_OPTIONS = ["--HistoryManager.hist_file=:memory:", "--IPKernelApp.log_level=ERROR"]
 """Nothing is kept of what a kernel executes; that its loopback is not encrypted is no news."""
 NO_WIDGETS = "ignore:IProgress not found"
 """Progress bars of a run are lines on stderr."""
+ENDED = "its Python process ended: killed, most often for want of memory"
 
 
 class NotebookError(ShedderError):
@@ -142,12 +143,13 @@ def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters:
     return list(map(str, failures))
 
 
-def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: KernelManager | None = None) -> None:
+def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: AsyncKernelManager | None = None) -> None:
     """Execute one notebook into `target`, from the project's root, in a running kernel or one of its own.
 
     Raises ProfileError for a parameter that it does not have, NotebookError with the last line of what went wrong.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     known = papermill.inspect_notebook(str(notebook))
@@ -176,30 +178,41 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Ke
         raise NotebookError(
             f"{notebook.name}, cell {error.exec_count}", f"{error.ename}: {error.evalue}", target
         ) from error
+    except DeadKernelError as error:
+        raise NotebookError(notebook.name, ENDED, target) from error
     _tidy(target)
 
 
 @contextmanager
-def _kernel(threads: int | None = None) -> Iterator[KernelManager]:
+def _kernel(threads: int | None = None) -> Iterator[AsyncKernelManager]:
     """A Python kernel in the project's root, for as long as the body runs; nothing is kept of what it executes.
 
+    Its manager is one of asyncio's: with another, nbclient waits for ever for a process that was killed.
     threads: that torch and the kernels of scans take there, by default as many as they would.
     """
-    from jupyter_client.manager import KernelManager
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
 
     environment = {"PYTHONWARNINGS": NO_WIDGETS} | os.environ
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    kernel = KernelManager(kernel_name="python3")
-    kernel.start_kernel(cwd=str(ROOT), env=environment, extra_arguments=KERNEL_OPTIONS)
+    kernel = AsyncKernelManager(kernel_name="python3")
+    run_sync(kernel.start_kernel)(cwd=str(ROOT), env=environment, extra_arguments=KERNEL_OPTIONS)
     try:
         yield kernel
     finally:
-        kernel.shutdown_kernel(now=True)
+        run_sync(kernel.shutdown_kernel)(now=True)
 
 
-def _empty(kernel: KernelManager) -> None:
-    """Drop all that a kernel's user has defined, and count its cells from 1 again; imported modules stay loaded."""
+def _empty(kernel: AsyncKernelManager) -> None:
+    """Drop all that a kernel's user has defined, and count its cells from 1 again; imported modules stay loaded.
+
+    A kernel whose process has ended gets a new one.
+    """
+    from jupyter_core.utils import run_sync
+
+    if not run_sync(kernel.is_alive)():
+        run_sync(kernel.restart_kernel)(now=True)
     client = kernel.blocking_client()
     client.start_channels()
     try:

@@ -114,6 +114,16 @@ def test_a_notebook_that_fails_says_where_and_why(tmp_path: Path) -> None:
     assert str(caught.value).startswith("one.ipynb, cell 1: ZeroDivisionError: division by zero; see ")
 
 
+def test_a_process_that_is_killed_ends_its_notebook_but_not_the_next(tmp_path: Path) -> None:
+    for name, source in {"killed": "import os; os._exit(9)", "next": "'run'"}.items():
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path / f"{name}.ipynb")
+    with notebooks._kernel() as kernel:
+        with pytest.raises(notebooks.NotebookError, match=r"^killed\.ipynb: its Python process ended: .* memory; see "):
+            notebooks.execute(tmp_path / "killed.ipynb", tmp_path / "executed.ipynb", {}, kernel)
+        notebooks.execute(tmp_path / "next.ipynb", tmp_path / "next.out.ipynb", {}, kernel)
+    assert nbformat.read(tmp_path / "next.out.ipynb", as_version=4).cells[0].outputs[0]["data"]["text/plain"] == "'run'"
+
+
 def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no parameter 'profil'"):
         notebooks.execute(FILES[0], tmp_path / "out.ipynb", {"profil": "smoke"})
