@@ -18,16 +18,17 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from .components import PARTS
 from .errors import ProfileError
-from .families import family_of
 from .loading import local_folder
+from .passes import candidates_by_step, ranked_by_step, share_from
 from .prefix import removals_before
 from .profiles import (
     CERTAINTY,
+    PARETO,
     RECOVERY,
     SAVINGS,
     SEARCH,
+    SPEED,
     CalibrationSettings,
     Certainty,
     Profile,
@@ -35,10 +36,9 @@ from .profiles import (
     Strategy,
     Study,
 )
-from .removal import components
 from .schedule import Schedule
 from .search_memory import GIB, TOKENS_AT_ONCE, SearchMemory, default_gib, search_memory
-from .shapes import Work, trained_parameters, without_weights, work_per_token
+from .shapes import trained_parameters, without_weights, work_per_token
 
 EFFICIENCY, BANDWIDTH = 0.3, 0.6
 """The shares of a device's peak arithmetic and of its peak memory traffic that the estimates count on."""
@@ -56,6 +56,8 @@ TASKS = {
 }  # fmt: skip
 """Of lm-eval's tasks: items, requests of each, and tokens of a request, about."""
 OTHER_TASK = (400, 4, 60)
+TIMED = "timed together"
+"""What a job is that has memory and no hours."""
 ESTIMATED = {"block_influence": 2.0, "taylor": 6.0, "magnitude": 0.0, "random": 0.0}
 """Passes of the calibration data that one step of an estimated metric takes, about."""
 
@@ -151,8 +153,8 @@ class CostPlan:
 
     @property
     def not_counted(self) -> list[str]:
-        """Runs without a job: counts of components, and what is timed, which takes as long as the clock needs."""
-        counted, runs = {job.study for job in self.jobs}, self.schedule.steps
+        """Runs without hours: counts of components, and what is timed, which takes as long as the clock needs."""
+        counted, runs = {job.study for job in self.jobs if job.what != TIMED}, self.schedule.steps
         weighed = [f"savings of {run.study}" for run in runs if run.setting == SAVINGS]
         return list(dict.fromkeys([*(run.study for run in runs if run.study not in counted), *weighed]))
 
@@ -176,6 +178,9 @@ class CostPlan:
             if tunings := self._runs(RECOVERY, name):
                 yield pricing.recovery(tunings)
                 yield pricing.evaluations(RECOVERY, tunings)
+            for study, compared in compared_at_once(self.profile, name).items():
+                if self._runs(study, name):
+                    yield pricing.timings(study, compared)
 
     def _runs(self, study: str, model: str, setting: str | None = None) -> int:
         """How many different runs of a study there are."""
@@ -239,7 +244,7 @@ class _Pricing:
     def _swept(self, settings: Study | Strategy, counts: Sequence[int], known: int = 0) -> float:
         """Passes that sweeps take, for so many candidates in each step after those known; none where there is none."""
         work = work_per_token(self.model, self.calibration.sequence_length)
-        later = _share_from(self.model, settings, work)[known : known + len(counts)]
+        later = share_from(self.model, settings, work)[known : known + len(counts)]
         return sum(1 + share * n for n, share in zip(counts, later, strict=True) if n)
 
     def _job(self, study: str, what: str, settings: Study | Strategy, count: int, passes: float, walks: int) -> Job:
@@ -276,6 +281,10 @@ class _Pricing:
             count * moved, (self.weights + 4 * 3 * batch * 128 * self.model.config.vocab_size) / GIB,
         )  # fmt: skip
 
+    def timings(self, study: str, compared: int) -> Job:
+        """So many states of the model side by side, each as large as the dense one, which is more than they take."""
+        return Job(study, self.name, TIMED, 0, 0.0, 0.0, compared * self.weights / GIB)
+
     def recovery(self, count: int) -> Job:
         """So many tunings, forward and twice as much backward, in float32."""
         tables = self.profile.recovery.tables.values() if self.profile.recovery else ()
@@ -294,44 +303,14 @@ class _Pricing:
         )  # fmt: skip
 
 
-def candidates_by_step(model: PreTrainedModel, study: Study | Strategy) -> list[int]:
-    """How many candidates each step of a search has: its passes by Algorithm 1.
-
-    Exact where no kind takes from another; where one does, as blocks take their SSMs, at most, for what goes first
-    decides what is left. An MLP stays a candidate as long as it has channels to lose, a mixer as long as it has heads.
-    """
-    counts: list[int] = []
-    for number, stage in enumerate(study.stages):
-        there, shrinks = len(components(model, stage.kinds)), not PARTS.keys() & set(stage.kinds)
-        before = sum(s.steps for s in study.stages[:number] if set(s.kinds) <= set(stage.kinds)) if shrinks else 0
-        counts += [there - before - step if shrinks else there for step in range(stage.steps)]
-    return counts
-
-
-def ranked_by_step(model: PreTrainedModel, study: Study | Strategy, known: int = 0) -> list[int]:
-    """How many candidates a search ranks in each step after those known: all, or if it ranks once, those that are new.
-
-    New are all when a kind first comes up, and what a removal leaves of a component that loses parts.
-    """
-    counts = candidates_by_step(model, study)
-    if not study.options.get("one_shot"):
-        return counts[known:]
-    kinds_by_step = [set(stage.kinds) for stage in study.stages for _ in range(stage.steps)]
-    new, ranked = list[int](), set[str]()
-    for count, kinds in zip(counts[known:], kinds_by_step[known:], strict=True):
-        new.append(int(bool(PARTS.keys() & kinds)) if kinds <= ranked else count)
-        ranked |= kinds
-    return new
-
-
-def _share_from(model: PreTrainedModel, study: Study | Strategy, work: Work) -> list[float]:
-    """For each step the share of a pass that a candidate's variant still has to run, from its layer on; the mean."""
-    shares = []
-    for stage in study.stages:
-        layers = [family_of(model).layer_of(model, component) for component in components(model, stage.kinds)]
-        left = [sum(work.layers[layer:]) + work.head for layer in layers]
-        shares += [sum(left) / len(left) / work.whole] * stage.steps
-    return shares
+def compared_at_once(profile: Profile, model: str) -> dict[str, int]:
+    """How many states of a model the studies of speed hold side by side, the dense one among them, at most."""
+    tables = profile.speed.tables.values() if profile.speed else ()
+    found = {SPEED: max((len(table.rows) for table in tables if table.model == model), default=0)}
+    if profile.pareto and profile.pareto.model == model:
+        rows = [profile.searches[study].rows[model] for study in profile.pareto.studies]
+        found[PARETO] = 1 + sum(n > 0 for states in rows for n in states)
+    return found
 
 
 def is_here(ref: str, revision: str | None = None) -> bool:

@@ -192,6 +192,7 @@ def test_the_plan_says_what_its_hours_leave_out(tmp_path: Path) -> None:
     assert json.loads(out)["not_counted"][0] == "inventory"
     (line,) = (line for line in err.splitlines() if "do not count" in line)
     assert all(f" {name}" in line for name in ("inventory", "speed", "pareto", "savings of joint_decode"))
+    assert {line.split()[-1] for line in err.splitlines() if "timed together" in line} == {"fits"}
     code, out, err = call("plan", *options, "--studies", "ssm_pruning")
     assert not json.loads(out)["not_counted"]
     assert "do not count" not in err

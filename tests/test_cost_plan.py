@@ -25,9 +25,10 @@ from shedder_utils import (
     studies,
 )
 from shedder_utils.__main__ import app
-from shedder_utils.cost_plan import CostPlan, candidates_by_step
+from shedder_utils.cost_plan import CostPlan
 from shedder_utils.costs import costs
 from shedder_utils.families import random_model
+from shedder_utils.passes import candidates_by_step
 from shedder_utils.recipe import Recipe
 from shedder_utils.schedule import Schedule
 from shedder_utils.workbench import Workbench
@@ -88,6 +89,16 @@ def test_passes_of_strategies_are_what_each_measures(of_paper: CostPlan) -> None
     assert jobs["certainty"].passes == len(draws) * (64 + 64 + 63 + 62)
     evaluated = {job.study: job.what for job in of_paper.jobs if "evaluation" in job.what}
     assert (evaluated["joint_decode"], evaluated["by_kl"]) == ("2 evaluations", "evaluation")
+
+
+def test_models_that_are_timed_together_are_in_memory_together(of_paper: CostPlan) -> None:
+    timed = {(job.study, job.model): job for job in of_paper.jobs if job.what == "timed together"}
+    assert {place: round(job.gib) for place, job in timed.items() if place[1] == "mamba2-2.7b"} == {
+        ("speed", "mamba2-2.7b"): 4 * 5, ("pareto", "mamba2-2.7b"): 8 * 5
+    }  # fmt: skip
+    assert {"speed", "pareto"} <= set(of_paper.not_counted)
+    small, large, _ = of_paper.devices
+    assert small.gib < timed["pareto", "mamba2-2.7b"].gib < large.gib
 
 
 def test_passes_are_those_of_the_plain_search() -> None:
@@ -152,6 +163,7 @@ PEAK = """
 import torch
 from shedder_utils import Calibration, Stage, kernels, search
 from shedder_utils.families import random_model
+from shedder_utils.passes import candidates_by_step
 from shedder_utils.provenance import _status_mib, peak_mib, reset_peak
 from shedder_utils.search_memory import search_memory
 
@@ -193,7 +205,7 @@ def test_downloads_memory_and_hours(of_paper: CostPlan, monkeypatch: pytest.Monk
     assert 0 < of_paper.disk_gb - sum(of_paper.downloads.values()) - tuned_gb < 1
     weights = {name: 2 * count / 2**30 for name, count in STORED.items()}
     for job in of_paper.jobs:
-        assert weights.get(job.model, 0) < job.gib < (80 if job.study == "recovery" else 32), job
+        assert weights.get(job.model, 0) < job.gib < (80 if job.study in ("recovery", "pareto") else 32), job
     tuned = {job.model for job in of_paper.jobs if job.study == "recovery"}
     assert tuned == {"mamba2-2.7b", "zamba2-2.7b", "hymba-1.5b"}
     hours = [sum(device.hours(job) for job in of_paper.jobs) for device in of_paper.devices]

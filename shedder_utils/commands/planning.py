@@ -13,7 +13,7 @@ from .. import profiles
 from .options import finish, say
 
 if TYPE_CHECKING:
-    from ..cost_plan import CostPlan
+    from ..cost_plan import CostPlan, Device, Job
 
 
 def plan_profile(
@@ -56,7 +56,7 @@ def _lines(plan: CostPlan) -> Iterator[str]:
     heads = "".join(f"{device.name:>14}" for device in plan.devices)
     yield f"{'study':20} {'model':20} {'':16} {'passes':>7} {'PFLOP':>9} {'GiB':>6}{heads}"
     for job in plan.jobs:
-        hours = "".join(f"{_hours(job.gib, device.gib, device.hours(job)):>14}" for device in plan.devices)
+        hours = "".join(f"{_hours(job, device):>14}" for device in plan.devices)
         passes = f"{job.passes:,}" if job.passes else ""
         yield f"{job.study:20} {job.model:20} {job.what:16} {passes:>7} {job.flops / 1e15:9.3g} {job.gib:6.1f}{hours}"
     total = "".join(f"{sum(map(device.hours, plan.jobs)):12.2f} h" for device in plan.devices)
@@ -80,8 +80,12 @@ def _memory(plan: CostPlan) -> Iterator[str]:
         yield f"memory of {model}, {largest.study}: {largest.memory}"
 
 
-def _hours(needed: float, there: float, hours: float) -> str:
-    return f"{hours:.2f} h" if needed <= there else "too small"
+def _hours(job: Job, device: Device) -> str:
+    from ..cost_plan import TIMED
+
+    if job.gib > device.gib:
+        return "too small"
+    return "fits" if job.what == TIMED else f"{device.hours(job):.2f} h"
 
 
 def _found(plan: CostPlan) -> Iterator[str]:
