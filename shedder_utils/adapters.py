@@ -135,7 +135,7 @@ def _check_private(model: PreTrainedModel, names: list[str]) -> None:
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Put adapters into the layers, and tell transformers of them.
+    """Put adapters into the layers, in float32 whatever the model is in, and tell transformers of them.
 
     Into the layers and not the model, whose type is all that peft's refusal looks at.
     """
@@ -144,6 +144,8 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
     inject_adapter_in_model(config, family_of(model).layers(model), NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     marked: Any = model
     marked._hf_peft_config_loaded, marked.peft_config = True, {NAME: config}
 

@@ -175,7 +175,7 @@ class _CudaMeter:
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # else that of the current device, another one perhaps
         self.marks.append(event)
 
     def seconds(self) -> list[float]:

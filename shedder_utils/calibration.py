@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ POOLS = {
     "pocket-prose": POCKET / "prose" / "test.jsonl.gz",
 }
 """The data names that a profile can give, and the file behind each: one JSON object a line, with a column `text`."""
+ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What `text_of` raises for a file that is not there, cannot be read, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ def calibrate(
 ) -> Calibration:
     """Draw `samples` texts with `seed`, and cut their tokens into batches of (batch_size, sequence_length).
 
-    source: a data name (`POOLS`, or `public_texts.SOURCES` on the Hub), a .jsonl or .jsonl.gz file with a column
-    `text`, a .txt file with paragraphs, or a list of texts. tokenizer: adds to the stream what it adds to any text,
-    such as a token that begins it. The last batch may hold fewer sequences.
-    Raises DataError if the source is missing or too small.
+    source: a data name (`POOLS`, or `public_texts.SOURCES` on the Hub), a .jsonl file with a column `text`, a .txt
+    file with paragraphs, either of them gzipped (.gz) too, or a list of texts. tokenizer: adds to the stream what it
+    adds to any text, such as a token that begins it. The last batch may hold fewer sequences.
+    Raises DataError if the source is missing, of another kind or too small.
     """
     pool = list(source) if not isinstance(source, (str, Path)) else _read(source)
+    if other := [type(text).__name__ for text in pool if not isinstance(text, str)]:
+        raise DataError(f"calibration source {_name(source)}: expected texts, found a {other[0]} among them")
     if len(pool) < samples:
         raise DataError(
             f"calibration source {_name(source)} has {len(pool)} texts, {samples} were asked for: ask for fewer"
@@ -112,16 +118,23 @@ def _read(source: str | Path) -> list[str]:
     if str(source) in SOURCES:
         return public_texts(str(source))
     file = POOLS.get(str(source), Path(source))
+    expected = f"expected a file that ends in {', '.join(ENDINGS)}, or one of {', '.join((*POOLS, *SOURCES))}"
+    if not file.name.endswith(ENDINGS):
+        raise DataError(f"calibration source {source}: {expected}")
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        content = raw.decode("utf-8")
-        if ".jsonl" in file.suffixes:
-            return [json.loads(line)["text"] for line in content.splitlines() if line]
-    except OSError as error:
-        names = ", ".join((*POOLS, *SOURCES))
-        raise DataError(
-            f"calibration source {source}: no such file or data name, expected a path or {names}"
-        ) from error
+        content = text_of(file)
+        if file.name.removesuffix(".gz").endswith(".jsonl"):
+            return [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
+    except UNREADABLE as error:
+        raise DataError(f"calibration source {source}: cannot be read ({error}): {expected}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"calibration source {source}: expected JSON lines with a column 'text'") from error
+        raise DataError(
+            f"calibration source {source}: expected UTF-8, and in a .jsonl JSON lines with a column 'text'"
+        ) from error
     return [paragraph.strip() for paragraph in content.split("\n\n") if paragraph.strip()]
+
+
+def text_of(file: Path) -> str:
+    """The text of a UTF-8 file, gzipped or not; each line ends in a line feed. Raises `UNREADABLE`, ValueError."""
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as opened:
+        return opened.read()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from .components import PARTS, Component, Cut
-from .errors import PlanError
+from .errors import NothingLeftError, PlanError
 from .families import family_of
 from .plan import Stage
 from .removal import components
@@ -16,7 +16,7 @@ from .removal import components
 def candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Cut]) -> list[Cut]:
     """What may go next, in depth order: not what is gone, nor what lies in it or holds it; parts one group less.
 
-    Raises PlanError where nothing is left.
+    Raises NothingLeftError where that is so.
     """
     left, kept, width = [], dict(gone), family_of(model).channels
     for component in components(model, stage.kinds):
@@ -30,7 +30,7 @@ def candidates(model: PreTrainedModel, stage: Stage, gone: Sequence[Cut]) -> lis
             left.append(Cut(component))
     left = [cut for cut in left if cut.kept > 0 or cut.component.kind not in PARTS]
     if not left:
-        raise PlanError(f"nothing is left to remove of {' & '.join(stage.kinds)}: ask for less")
+        raise NothingLeftError(f"nothing is left to remove of {' & '.join(stage.kinds)}: ask for less")
     return left
 
 
@@ -51,11 +51,21 @@ def check_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> None:
 
 
 def removals(model: PreTrainedModel, stage: Stage) -> int:
-    """How many removals there are of a stage's kinds, at most where one kind takes from another.
+    """How many removals there are of a stage's kinds, at most where what goes first decides what is left.
 
     Raises PlanError for a group that does not fit the model.
     """
-    return sum(_removals(model, component, stage.group) for component in components(model, stage.kinds))
+    return _at_most(model, components(model, stage.kinds), stage.group)
+
+
+def _at_most(model: PreTrainedModel, there: Sequence[Component], group: int) -> int:
+    """How many removals there are of components: of those that hold others either they go, or what lies in them."""
+    most = 0
+    for component in there:
+        if not any(component.within(other) for other in there):
+            inside = [other for other in there if other.within(component)]
+            most += max(_removals(model, component, group), _at_most(model, inside, group))
+    return most
 
 
 def _removals(model: PreTrainedModel, component: Component, group: int) -> int:

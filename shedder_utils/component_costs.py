@@ -23,7 +23,9 @@ from .removal import components
 from .savings import MEASURED, Savings
 from .surgery import extract
 
-DENSE = "dense"
+DENSE, VARIANT = "dense", "variant"
+DEPENDS_ON: dict[str, tuple[str, ...]] = {"parameters": (), "bytes": ("prompt_tokens",)}
+"""By unit, the settings that savings depend on; those that are measured depend on all."""
 
 
 def savings(
@@ -38,8 +40,9 @@ def savings(
 ) -> dict[str, Savings]:
     """What the components of some kinds save, by unit (`savings.UNITS`).
 
-    prompt_tokens, new_tokens, batches, progress: as for `benchmark`, which times the dense model and one variant for
-    each class of components, interleaved; both phases come from one run. "bytes" are those after the same prompt.
+    prompt_tokens, new_tokens, batches, progress: as for `benchmark`, which times the dense model and a variant
+    interleaved, for one class of components after the other, so that no more than these two are held; both phases come
+    from one run. "bytes" are those after the same prompt.
     Raises PlanError for components that cannot be weighed because each needs others to go first.
     """
     units, kinds = list(units), tuple(dict.fromkeys(kinds))
@@ -50,13 +53,17 @@ def savings(
     if "bytes" in units:
         found["bytes"] = _bytes(model, classes, prompt_tokens)
     if any(unit in MEASURED for unit in units):
-        variants = {str(group[0]): extract(model, _plan(_half(model, group))) for group in classes}
-        timings = benchmark(
-            {DENSE: model, **variants}, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches,
-            progress=progress,
-        )  # fmt: skip
+        timings = [
+            benchmark(
+                {DENSE: model, VARIANT: extract(model, _plan(_half(model, group)))}, prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens, batches=batches, progress=progress,
+            )
+            for group in classes
+        ]  # fmt: skip
         found |= {unit: _measured(model, classes, timings, unit) for unit in MEASURED if unit in units}
-    return {unit: found[unit] for unit in units}
+    timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batches": batches}
+    settings = {unit: {name: timing[name] for name in DEPENDS_ON.get(unit, timing)} for unit in units}
+    return {unit: found[unit].model_copy(update={"timing": settings[unit]}) for unit in units}
 
 
 def alike(model: PreTrainedModel, kinds: Iterable[str], prompt_tokens: int = 512) -> list[list[Component]]:
@@ -119,11 +126,12 @@ def _bytes(model: PreTrainedModel, classes: Sequence[Sequence[Component]], promp
     return _shared_out(model, classes, "bytes", whole, saved)
 
 
-def _measured(model: PreTrainedModel, classes: Sequence[Sequence[Component]], timings: Timings, unit: str) -> Savings:
-    """Seconds: the medians over rounds of the dense model's time, and of its differences to the variants'."""
-    seconds = {name: np.array(phases[unit]) for name, phases in timings.seconds.items()}
-    saved = [float(np.median(seconds[DENSE] - seconds[str(group[0])])) for group in classes]
-    return _shared_out(model, classes, unit, float(np.median(seconds[DENSE])), saved)
+def _measured(
+    model: PreTrainedModel, classes: Sequence[Sequence[Component]], timings: Sequence[Timings], unit: str
+) -> Savings:
+    """Seconds: the medians over rounds of the dense model's time, and of its differences to each variant's."""
+    dense, variants = (np.array([run.seconds[name][unit] for run in timings]) for name in (DENSE, VARIANT))
+    return _shared_out(model, classes, unit, float(np.median(dense)), np.median(dense - variants, axis=1).tolist())
 
 
 def _shared_out(

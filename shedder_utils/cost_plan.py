@@ -26,6 +26,7 @@ from .profiles import (
     CERTAINTY,
     PARETO,
     RECOVERY,
+    RELEASED,
     SAVINGS,
     SEARCH,
     SPEED,
@@ -169,7 +170,7 @@ class CostPlan:
             for number, study in enumerate(searched):
                 own = pricing.drawing(self.profile.calibration_in(study, name))
                 yield own.search(study, before=searched[:number])
-            for study in ("dense", *self.profile.searches):
+            for study in ("dense", *self.profile.searches, RELEASED):
                 evaluated = self._runs(study, name) - sum(self._runs(study, name, s) for s in (SEARCH, SAVINGS))
                 if evaluated:
                     yield pricing.evaluations(study, evaluated)

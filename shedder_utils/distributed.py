@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,22 +23,27 @@ from .errors import ModelError, ShedderError
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others, of which one may have hours of work left. One that dies is noticed at once."""
+
 
 def start(device: str = "cpu") -> str:
     """Join the other processes if torchrun started this one; returns the device of this rank.
 
-    device: "cuda" becomes the rank's own GPU, and the ranks then talk through NCCL; on a CPU through gloo.
-    Raises ModelError where a node has fewer GPUs than ranks.
+    device: "cuda" becomes the rank's own GPU. What the ranks tell each other is small and on the CPU: gloo carries it.
+    Raises ModelError where a node has fewer GPUs than ranks, and for a GPU by number, which all ranks would share.
     """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
+    if device.startswith("cuda:"):
+        raise ModelError(f"device {device} under torchrun: expected cuda, of which each process takes a GPU of its own")
     if device == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
             raise ModelError(f"torchrun started rank {local} on a node with {there} GPUs: start one process for each")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     signal.signal(signal.SIGTERM, _stopped)
     return device
 

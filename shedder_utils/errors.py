@@ -16,6 +16,14 @@ class PlanError(ShedderError):
     """A plan, or a component in it, does not fit the model."""
 
 
+class NothingLeftError(PlanError):
+    """A search has taken all that it may take."""
+
+
+class BudgetMissedError(PlanError):
+    """A search has made all its removals, and they save less than was asked for."""
+
+
 class DataError(ShedderError):
     """Calibration text, a task or a table of the paper is missing or malformed."""
 

@@ -49,7 +49,8 @@ class Score:
 
 
 Scores = dict[tuple[str, str], Score]
-"""Scores by task and metric, such as ("pocket_piqa", "acc_norm")."""
+"""Scores by task and metric, such as ("pocket_piqa", "acc_norm"), and of a task with filters of its own by
+("gsm8k", "exact_match,strict-match"). A group that lm-eval gives a mean of has scores beside those of its tasks."""
 
 
 def evaluate(
@@ -63,8 +64,8 @@ def evaluate(
     """Score a model with lm-eval, zero-shot, on pocket tasks or lm-eval's own.
 
     limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one.
-    Raises DataError for a task that does not exist, or whose data cannot be read, and ModelError where the logits of a
-    model that is not masked are no numbers, for lm-eval would score them all the same.
+    Raises DataError for a task that does not exist, whose data cannot be read, or that has no metric, and ModelError
+    where the logits of a model that is not masked are no numbers, for lm-eval would score them all the same.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -77,14 +78,12 @@ def evaluate(
         results = lm_eval.evaluate(
             lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True
         )
-    counts, samples = results["n-samples"], results["samples"]
-    return {
-        (task, metric): Score(
-            value, _stderr(found[f"{metric}_stderr,none"]), counts[task]["effective"], _items(samples[task], metric)
-        )
-        for task, found in results["results"].items()
-        for metric, value in _metrics(found)
-    }
+    samples = results["samples"]
+    scores = {name: _scores(found, samples.get(name)) for name, found in results["results"].items()}
+    for task in samples:
+        if not scores[task]:
+            raise DataError(f"task {task}: lm-eval reports no metric of it: check its filters, or leave it out")
+    return {(name, metric): score for name, found in scores.items() for metric, score in found.items()}
 
 
 @cache
@@ -121,16 +120,21 @@ def _from_hub(manager: Any, name: str) -> Any:
         return manager.load([name])
 
 
-def _metrics(found: dict[str, Any]) -> list[tuple[str, float]]:
-    """The metrics among what lm-eval reports for a task, without their standard errors."""
-    return [
-        (key.split(",")[0], value) for key, value in found.items() if key.endswith(",none") and "_stderr" not in key
-    ]
+def _scores(found: dict[str, Any], samples: list[dict[str, Any]] | None) -> dict[str, Score]:
+    """By metric, what lm-eval reports for a task, or for a group, which has no samples; "none" is no filter."""
+    scores = {}
+    for key in (key for key in found if "," in key and "_stderr," not in key):
+        metric, _, chosen = key.rpartition(",")
+        n = found.get("sample_count", {}).get(key, found["sample_len"])
+        items = None if samples is None else _items([one for one in samples if one["filter"] == chosen], metric)
+        stderr = _stderr(found[f"{metric}_stderr,{chosen}"])
+        scores[metric if chosen == "none" else key] = Score(found[key], stderr, n, items)
+    return scores
 
 
 def _items(samples: list[dict[str, Any]], metric: str) -> str | None:
     """What a metric is on each item, in the order of the task, if it is 0 or 1 everywhere."""
-    values = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    values = [sample.get(metric, float("nan")) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
     return packed(values) if all(value in (0, 1) for value in values) else None
 
 

@@ -55,6 +55,17 @@ def fetch(ref: str, revision: str | None = None) -> Snapshot | None:
     return Snapshot(folder, folder.name)
 
 
+def cached(ref: str, commit: str | None) -> Path | None:
+    """The folder of the cache with a Hub id at a commit, without asking the Hub; None where there is none."""
+    folder = _cache_of("model", ref) / str(commit)
+    return folder if commit and folder.is_dir() else None
+
+
+def _cache_of(kind: Literal["model", "dataset"], repository: str) -> Path:
+    """Where the cache keeps the snapshots of a repository."""
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "snapshots")
+
+
 def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> str:
     return snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
 
@@ -76,7 +87,7 @@ def checked(
         with one_line(what, error, advice):
             yield
     finally:
-        damaged = _damaged(Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "snapshots"))
+        damaged = _damaged(_cache_of(kind, repository))
         if damaged and kind == "dataset":
             _forget_tables(repository)
         _refuse_damaged(what, damaged, error)

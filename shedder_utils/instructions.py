@@ -8,7 +8,6 @@ B batch, L tokens.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import random
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from . import hub
-from .calibration import POOLS
+from .calibration import POOLS, UNREADABLE, text_of
 from .errors import DataError
 from .pocket.instructions import WITH_INPUT, WITHOUT_INPUT
 
@@ -136,10 +135,10 @@ def _read(source: str | Path) -> list[Any]:
     if not file.suffix.startswith(".json") and file.suffix != ".gz":
         return _from_hub(str(source))
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        text = raw.decode("utf-8")
-        rows = json.loads(text) if ".json" in file.suffixes else [json.loads(line) for line in text.split("\n") if line]
-    except OSError as error:
+        text = text_of(file)
+        lines = (line for line in text.split("\n") if line.strip())
+        rows = json.loads(text) if ".json" in file.suffixes else [json.loads(line) for line in lines]
+    except UNREADABLE as error:
         raise DataError(f"recovery data {source}: cannot be read ({error}): expected a file or a data name") from error
     except ValueError as error:
         raise DataError(f"recovery data {source}: is not whole JSON ({error})") from error

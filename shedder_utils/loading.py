@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,17 +33,10 @@ from .components import Component, Cut
 from .devices import device_error
 from .errors import ModelError, PlanError
 from .families import FAMILIES, family_of, native
+from .model_tokenizer import tokenizer_for
 from .pocket.prose import POCKET
 from .removal import prune
 
-PUBLISHED_TOKENIZER = {
-    "mamba": "EleutherAI/gpt-neox-20b",
-    "mamba2": "EleutherAI/gpt-neox-20b",
-    "falcon_mamba": "tiiuae/falcon-mamba-7b",
-    "zamba2": "Zyphra/Zamba2-2.7B",
-    "hymba": "nvidia/Hymba-1.5B-Base",
-}
-"""The Hub id of the tokenizer that the published models of each type were trained with."""
 BAR_AFTER_S = 5
 """How many seconds a model fills before a progress bar shows."""
 PRUNED_TYPE = "pruned_"
@@ -55,7 +47,7 @@ def load_model(
     ref: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     revision: str | None = None,
     tokenizer: str | Path | bool | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -63,14 +55,15 @@ def load_model(
 
     ref: a pocket name ("pocket-mamba2"), a folder in the format of transformers, of mamba_ssm or of `save_pruned`, or
     a Hub id of one of these; or a folder of LoRA adapters (`recover`), which names the model that they belong to.
-    dtype: None takes float32 on a CPU, else the checkpoint's own. tokenizer: None takes the one beside the weights,
-    else the one of the published models of this type; a reference takes that one; False loads none (the second result
-    is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only. revision: of a
-    Hub id; the commit that it stood for is in `config._commit_hash`.
+    dtype: "auto" takes the checkpoint's own, None that too, but float32 on a CPU. tokenizer: None takes the one beside
+    the weights, else the one of the published models of this type; a reference takes that one; False loads none (the
+    second result is then None). Weights must be safetensors, or with mamba_ssm's config.json a .bin of tensors only.
+    revision: of a Hub id; the commit that it stood for is in `config._commit_hash`.
 
     A checkpoint that the paper's authors released is the pruned model: see `families/native.py`.
     Raises ModelError if the reference cannot be found or read, its architecture is not covered, or a tensor is missing,
-    left over or misshapen; and before anything is fetched, if torch cannot compute on the device.
+    left over or misshapen; and before anything is fetched, if the device is neither a CPU nor CUDA's or torch cannot
+    compute on it.
     """
     kernels.install()
     if error := device_error(device):
@@ -78,6 +71,8 @@ def load_model(
             f"model {ref}: torch cannot compute on device {str(device)!r} ({error}): choose another, or see what "
             "python -m shedder_utils doctor says"
         )
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ModelError(f"model {ref}: device {str(device)!r} is not covered: expected cpu or cuda")
     fetched = hub.fetch(_resolve(ref), revision)
     folder = str(fetched.folder) if fetched else _resolve(ref)
     if (base := adapters.base_of(folder)) is not None:
@@ -87,6 +82,8 @@ def load_model(
     settings = _settings(folder)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
+    elif dtype == "auto":
+        dtype = None
     if native.is_native(settings):
         model = _native(folder, settings, dtype)
     elif "pruned" in settings:
@@ -96,7 +93,7 @@ def load_model(
     model = model.to(device).eval()
     family_of(model).prepare(model)
     model.config._name_or_path, model.config._commit_hash = str(ref), fetched.commit if fetched else None
-    return model, _tokenizer(folder, model.config, tokenizer)
+    return model, tokenizer_for(folder, model.config, tokenizer)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -109,8 +106,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a plan keeps of the model it was made for; "ordered" only where parts were (`channels.order_channels`)."""
-    ordered = getattr(model.config, "ordered_parts", [])
+    """What a plan keeps of the model it was made for; "ordered" only where parts were (`channels.order_channels`),
+    "all_blocks_removable" only where that is set (Hymba)."""
+    ordered, all_blocks = (getattr(model.config, name, None) for name in ("ordered_parts", "all_blocks_removable"))
     return {
         "ref": model.config._name_or_path,
         "type": model.config.model_type,
@@ -119,20 +117,23 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(model),
         **({"ordered": ordered} if ordered else {}),
+        **({"all_blocks_removable": True} if all_blocks else {}),
     }
 
 
 def _resolve(ref: str | Path) -> str:
     """A folder for pocket names and paths; anything else is left to the Hub."""
-    shipped = POCKET / "models" / str(ref)
-    if str(ref).startswith("pocket-"):
-        if not shipped.is_dir():
-            there = sorted(folder.name for folder in (POCKET / "models").glob("*"))
-            raise ModelError(
-                f"pocket model {ref!r} does not exist in {POCKET / 'models'}: expected one of {', '.join(there)}"
-            )
+    name = str(ref)
+    shipped = POCKET / "models" / name
+    if name.startswith("pocket-") and shipped.is_dir():
         return str(shipped)
-    return str(ref)
+    if name.startswith("pocket-") and "/" not in name and not Path(name).is_dir():
+        there = sorted(folder.name for folder in (POCKET / "models").glob("*"))
+        raise ModelError(
+            f"pocket model {name!r} does not exist in {POCKET / 'models'}: expected one of {', '.join(there)}, "
+            "or a folder of that name"
+        )
+    return name
 
 
 def local_folder(ref: str | Path) -> Path | None:
@@ -281,25 +282,6 @@ def _check_whole(
 def _named(key: str | tuple[str, Collection[int], Collection[int]]) -> str:
     """A tensor's name; for a mismatched one, with its shape in the checkpoint and in the model."""
     return key if isinstance(key, str) else f"{key[0]} with shape {tuple(key[1])} instead of {tuple(key[2])}"
-
-
-def _tokenizer(
-    folder: str, config: PretrainedConfig, wanted: str | Path | bool | None
-) -> PreTrainedTokenizerBase | None:
-    if wanted is False:
-        return None
-    source, published = str(wanted), False
-    if wanted is None or wanted is True:
-        published = not any(Path(folder, name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-        source = PUBLISHED_TOKENIZER[config.model_type] if published else folder
-    with hub.checked(f"tokenizer {source} for {folder}", source, ModelError, advice=f"pass tokenizer=, or {hub.AGAIN}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if published and len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"model {folder} has no tokenizer beside it, and {config.vocab_size} tokens, where {source} has "
-            f"{len(tokenizer)}: pass tokenizer="
-        )
-    return tokenizer
 
 
 def _unusable(folder: str, error: Exception) -> ModelError:

@@ -9,11 +9,13 @@ defined.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from . import profiles, report
 from .errors import ProfileError, ShedderError
 from .files import ROOT, in_project
 from .freshness import is_fresh, made_from, mark
-from .profiles import Profile
+from .profiles import RELEASED, Profile
 from .schedule import Schedule, choosing, steps
 
 if TYPE_CHECKING:
@@ -49,9 +51,9 @@ def run(
     """Execute the notebooks of some studies, or all; return the tables and figures they leave.
 
     profile: a name or a path; models: names in it, none for all; output: the folder for records, tables, figures and
-    executed notebooks. A pruning study that no notebook shows is computed before them. A notebook that fails does not
-    keep the others from running, unless the next one fails in the same way. Raises ProfileError for a model or study
-    that the profile does not have, and in the end ShedderError if notebooks failed, with the last line of the first.
+    executed notebooks. A study that no notebook shows is computed before them. What fails does not keep the rest from
+    running, unless one notebook after the other fails in the same way. Raises ProfileError for a model or study that
+    the profile does not have, and in the end ShedderError if something failed, with the last line of the first.
     """
     settings = profiles.load(profile)
     _known("model", models, settings.models)
@@ -67,11 +69,13 @@ def run(
     print(*schedule.lines(), sep="\n", file=sys.stderr)
     parameters = {"profile": profile, "models": ",".join(models), "output": str(output)}
     with choosing(models, what):
-        _compute(unshown, schedule, output)
+        failed = _compute(unshown, schedule, output)
         failures = _execute_stale(chosen, schedule, parameters)
     built = report.build(profile, output)
     if failures:
         raise ShedderError(f"{len(failures)} of {len(chosen)} notebooks failed; the first: {failures[0]}")
+    if failed:
+        raise ShedderError(f"not computed: {failed[0]}")
     return built
 
 
@@ -93,21 +97,32 @@ def _chosen(profile: Profile, models: Sequence[str], studies: Sequence[str]) -> 
 
 
 def _unshown(profile: Profile, studies: Sequence[str]) -> list[str]:
-    """The pruning studies asked for that no notebook shows."""
+    """The studies asked for that no notebook shows: pruning studies, and the orders that the authors released."""
     shown = {name for metadata in _metadata().values() for name in metadata["studies"]}
-    return [name for name in studies or profile.studies if name in profile.studies and name not in shown]
+    known = [*profile.studies, *([RELEASED] if profile.released else [])]
+    return [name for name in studies or known if name in known and name not in shown]
 
 
-def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> None:
-    """Compute what is left of some pruning studies."""
-    from .studies import pruning
+def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> list[str]:
+    """Compute what is left of some studies, and return how some failed: that keeps no other from being computed."""
+    import torch
+
+    from .studies import pruning, released_orders
     from .workbench import Workbench
 
-    profile, left = schedule.profile, set(schedule.left)
+    profile, left, failures = schedule.profile, set(schedule.left), list[str]()
     for name in names:
-        for model in profile.studies[name].rows:
+        compute: Callable[[Workbench], object] = released_orders if name == RELEASED else partial(pruning, study=name)
+        for model in profile.models:
             if left & set(steps(profile, [model], [name])):
-                pruning(Workbench(profile, model, output), name)
+                try:
+                    compute(Workbench(profile, model, output))
+                except ShedderError as error:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    failures.append(f"{name}, {model}: {error}")
+    gc.collect()
+    torch.cuda.empty_cache()  # the notebooks run in another process, which needs the memory of the GPU
+    return failures
 
 
 def _execute_stale(chosen: dict[Path, set[str]], schedule: Schedule, parameters: dict[str, str]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,17 @@ def once_smaller(compute: Callable[[], T], shrink: Callable[[], str]) -> T:
         raise ModelError(
             f"out of memory again, with {change} ({_first_line(error)}): use a smaller batch size or memory budget, "
             "or a device with more memory"
+        ) from error
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Inside, running out of a device's memory is a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of memory ({_first_line(error)}): use a smaller batch size, or a device with more memory"
         ) from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from . import released
 from .components import Component, Cut
@@ -32,16 +32,43 @@ class Stage(BaseModel):
 
     kinds: a kind or a list of them ("&" in table 3; stages that follow each other are its "+");
     steps: removals; group: MLP channels removed at a time, or inner channels, heads or states; for these kinds only.
+    Raises PlanError for a group of none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kinds: Annotated[tuple[str, ...], BeforeValidator(lambda kinds: (kinds,) if isinstance(kinds, str) else kinds)]
     steps: int = Field(ge=0)
-    group: int = Field(default=1024, gt=0)
+    group: int = 1024
 
     def __init__(self, kinds: str | Sequence[str], steps: int, group: int = 1024) -> None:
         super().__init__(kinds=kinds, steps=steps, group=group)
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        if self.group < 1:
+            kinds = " & ".join(self.kinds)
+            raise PlanError(f"stage '{kinds}: {self.steps} x {self.group}' takes nothing: expected x 1 or more")
+        return self
+
+
+def shared_removals(first: Sequence[Stage], second: Sequence[Stage]) -> int:
+    """How many removals two searches make alike, by their stages.
+
+    >>> whole, further = Stage("mha", 2), Stage("mha", 5)
+    >>> shared_removals([whole, Stage("ssm", 3)], [further])
+    2
+    >>> shared_removals([whole, Stage("ssm", 3)], [whole, Stage("ssm", 1)])
+    3
+    """
+    shared = 0
+    for one, other in zip(first, second, strict=False):
+        if one.model_copy(update={"steps": other.steps}) != other:
+            break
+        shared += min(one.steps, other.steps)
+        if one.steps != other.steps:
+            break
+    return shared
 
 
 class Removal(BaseModel):

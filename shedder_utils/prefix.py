@@ -10,29 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import records
-from .plan import COUNTS, Plan, Stage
+from .plan import COUNTS, Plan, Stage, shared_removals
 from .profiles import Profile
 from .records import Record, Request
 from .savings import MEASURED
-
-
-def shared_removals(first: Sequence[Stage], second: Sequence[Stage]) -> int:
-    """How many removals two searches make alike, by their stages.
-
-    >>> whole, further = Stage("mha", 2), Stage("mha", 5)
-    >>> shared_removals([whole, Stage("ssm", 3)], [further])
-    2
-    >>> shared_removals([whole, Stage("ssm", 3)], [whole, Stage("ssm", 1)])
-    3
-    """
-    shared = 0
-    for one, other in zip(first, second, strict=False):
-        if one.model_copy(update={"steps": other.steps}) != other:
-            break
-        shared += min(one.steps, other.steps)
-        if one.steps != other.steps:
-            break
-    return shared
 
 
 def removals_before(profile: Profile, model: str, study: str, before: Iterable[str]) -> int:

@@ -81,8 +81,8 @@ def magnitude(model: PreTrainedModel, calibration: Calibration, candidates: Sequ
     family = family_of(model)
 
     def norm(candidate: Cut) -> float:
-        layer = family.layers(model)[family.layer_of(model, candidate.component)]
-        return sum(weight.double().abs().sum().item() for weight in layer.parameters())
+        read = family.read_by(model, family.layer_of(model, candidate.component))
+        return sum(weight.double().abs().sum().item() for weight in read)
 
     scores = []
     for candidate in candidates:

@@ -112,8 +112,9 @@ def _check(model: PreTrainedModel, recipe: Recipe, distill: PreTrainedModel | No
         raise ModelError("recover: this model is masked right now: extract() it, and tune what that returns")
     if adapters.has_adapters(model):
         raise ModelError("recover: this model has adapters already: merge them, or load the model without them")
-    if model.dtype == torch.float16:
-        raise ModelError("recover: the weights are float16, too coarse to train: load with dtype=torch.float32")
+    if model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and recipe.method == "full"):
+        found = str(model.dtype).removeprefix("torch.")
+        raise ModelError(f"recover: the weights are {found}, too coarse to train: load with dtype=torch.float32")
     if distill is not None and distill.config.vocab_size != model.config.vocab_size:
         raise ModelError(
             f"recover: the model to distil from has {distill.config.vocab_size} tokens, this one "

@@ -10,8 +10,6 @@ import copy
 import shutil
 from typing import Any
 
-import torch
-
 from .errors import ProfileError
 from .instructions import Instructions, instructions
 from .plan import Plan
@@ -58,9 +56,7 @@ def _tuned(bench: Workbench, rows: Instructions, recipe: Recipe, setting: str, p
     def compute(request: Request) -> Outcome:
         checkpoint = bench.checkpoint(request)
         start = copy.deepcopy(bench.model) if plan is None else extract(bench.model, plan)
-        if start.dtype == torch.float16:
-            start = start.float()
-        tuned = recover(start, bench.tokenizer, rows, checkpoint=checkpoint, inplace=True, **recipe.settings)
+        tuned = recover(start.float(), bench.tokenizer, rows, checkpoint=checkpoint, inplace=True, **recipe.settings)
         metrics = {**_losses(tuned.config.recovery), **scores_of(bench, tuned.to(bench.model.dtype))}
         return Outcome(metrics=metrics)
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .components import Component, Cut
-from .errors import PlanError
+from .errors import NothingLeftError, PlanError
 
 MEASURED = ("prefill", "decode")
 UNITS = ("parameters", "bytes", *MEASURED)
@@ -33,6 +33,7 @@ class Savings(BaseModel):
 
     whole: what the dense model takes; each: by component, such as "ssm:17"; parts: of the kinds that lose parts, such
     as `mlp_channels`, how many a component has, and then `each` is what one of them saves. Savings add up.
+    timing: of what `component_costs.savings` was told, all that these savings depend on, such as prompt_tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class Savings(BaseModel):
     whole: float = Field(gt=0)
     each: dict[str, float]
     parts: dict[str, int] = {}
+    timing: dict[str, int] = Field(default={}, exclude_if=lambda timing: not timing)
 
     def __str__(self) -> str:
         digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -109,8 +111,8 @@ class Budget(BaseModel):
 def wanted(text: str) -> tuple[str, float]:
     """The unit of a budget, and the share of the whole that is to go. Raises PlanError for what is no budget.
 
-    >>> wanted("parameters 10%"), wanted("decode 1.25x")
-    (('parameters', 0.1), ('decode', 0.2))
+    >>> wanted("parameters 10%"), wanted("decode 2x")
+    (('parameters', 0.1), ('decode', 0.5))
     """
     found = BUDGET.fullmatch(text.strip())
     unit, share = (found["unit"], _share(float(found["number"]), found["sign"])) if found else ("", 0.0)
@@ -136,10 +138,12 @@ def standing(rise: float, saving: float) -> tuple[float, float, float]:
 
 
 def worth_removing(per: Savings | None, gone: Sequence[Cut], candidates: Sequence[Cut]) -> list[Cut]:
-    """The candidates that save something, or all where nothing is counted. Raises PlanError where none does."""
+    """The candidates that save something, or all where nothing is counted. Raises NothingLeftError where none does."""
     left = [cut for cut in candidates if per is None or per.further(gone, cut) > 0]
     if per is not None and not left:
-        raise PlanError(f"none of the {len(candidates)} candidates that are left saves any {per.unit}: ask for less")
+        raise NothingLeftError(
+            f"none of the {len(candidates)} candidates that are left saves any {per.unit}: ask for less"
+        )
     return left
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import records
 from .files import in_project
-from .profiles import CERTAINTY, DENSE, INVENTORY, PARETO, RECOVERY, SAVINGS, SEARCH, SPEED, Profile
+from .profiles import CERTAINTY, DENSE, INVENTORY, PARETO, RECOVERY, RELEASED, SAVINGS, SEARCH, SPEED, Profile
 from .records import Record
 
 LEAST = 10.0
@@ -56,6 +56,8 @@ def _by_study(profile: Profile) -> Iterator[tuple[str, Step]]:
         for model, rows in study.rows.items():
             yield from ((name, step) for step in _search(profile, name, model))
             yield from ((name, _scores(name, model, n)) for n in rows)
+    for order in profile.released:
+        yield from ((RELEASED, Step(RELEASED, order.model, order.setting(n))) for n in order.rows)
     for number, table in profile.speed.tables.items() if profile.speed else ():
         yield SPEED, Step(table.study, table.model, SEARCH)
         yield SPEED, Step(SPEED, table.model, f"table_{number}")

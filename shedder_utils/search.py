@@ -28,16 +28,17 @@ from transformers import PreTrainedModel
 from .calibration import Calibration
 from .candidates import candidates, check_stages, with_candidate
 from .components import Cut
-from .distributed import mine, on_first, rank, ranks
-from .errors import PlanError
+from .distributed import gathered, mine, on_first, rank, ranks
+from .errors import BudgetMissedError, NothingLeftError, PlanError
 from .families import family_of
 from .importance import MEASURES, Measure, evaluating, finite, full_pass
 from .inventory import parameters_removed
 from .loading import identity
+from .out_of_memory import enough_memory
 from .plan import COUNTS, Plan, Removal, Stage
 from .rankings import RANKINGS
 from .removal import removed
-from .resuming import resumed
+from .resuming import check_ranks, resumed
 from .savings import Budget, Savings, saving_no_less, standing, worth_removing
 from .search_memory import default_gib
 from .statistics import ROUNDING, within_error
@@ -70,13 +71,14 @@ def search(
     dense model, and never again. per: what each component saves; the lowest rise of the mean calibration loss for each
     unit of it goes (`savings.standing`), and what saves nothing stays. until: a budget that ends the search when it is
     reached, before the stages are done. checkpoint: a file that holds the plan so far after every step; a search that
-    was killed goes on from it. progress: a bar on stderr. memory_gib: what "fast" may hold beside the model and a layer
-    at work, by default a part of what is free (`search_memory.py`).
+    was killed, or had fewer steps, goes on from it. progress: a bar on stderr. memory_gib: what "fast" may hold beside
+    the model and a layer at work, by default a part of what is free (`search_memory.py`).
 
     Each removal's score is that of a full pass; see `Plan` for what it is. Ties go to the lowest index in depth order.
     Under torchrun (`distributed.py`) every rank has to call this, and gets the same plan.
-    Raises PlanError for stages that ask for more than there is, a budget that they do not reach, `per` with another
-    metric than perplexity, and a checkpoint of another search; ModelError for a dense score that is no finite number.
+    Raises PlanError for stages that ask for more than there is, `per` with another metric than perplexity, a checkpoint
+    of another search, and ranks that were given different ones; BudgetMissedError for a budget that the stages do not
+    reach; ModelError for a dense score that is no finite number, and where a device runs out of memory.
     """
     stages = [stages] if isinstance(stages, Stage) else list(stages)
     for name, value, known in (("method", method, METHODS), ("metric", metric, METRICS)):
@@ -87,13 +89,18 @@ def search(
     check_stages(model, stages)
     memory_gib = default_gib(model.device) if memory_gib is None else memory_gib
     settings = _Settings(stages, method, metric, one_shot, seed, memory_gib, progress, per, until)
-    with evaluating(model):
+    with evaluating(model), enough_memory():
         run = _Search(model, calibration, settings, Path(checkpoint) if checkpoint is not None else None)
-        while (stage := run.open_stage()) is not None:
-            run.advance(stage)
+        try:
+            while (stage := run.open_stage()) is not None:
+                run.advance(stage)
+        except NothingLeftError:
+            if until is None:
+                raise
     if until is not None and not until.reached(run.plan.gone):
         left = f"{until.savings.share(run.plan.gone):.1%} of the {until.savings.unit}"
-        raise PlanError(f"budget {until.text!r} is not reached, {len(run.plan)} removals save {left}: allow more steps")
+        found = f"budget {until.text!r} is not reached, {len(run.plan)} removals save {left}"
+        raise BudgetMissedError(f"{found}: allow more steps, or ask for less")
     return run.plan
 
 
@@ -289,13 +296,14 @@ class _Search:
         return tqdm(total=total, desc=f"removal {done} of {wanted}", leave=False, disable=hidden)
 
     def _begun(self) -> Plan:
-        """The plan of the checkpoint, or an empty one."""
+        """The plan of the checkpoint, or an empty one, the same on every rank."""
         plan = Plan(
             stages=self.settings.stages,
             model=identity(self.model),
             calibration=self.calibration.describe(),
             provenance=self.settings.provenance(),
         )
+        check_ranks(gathered({rank(): plan}))
         path = self.checkpoint
         found = None if path is None else on_first(lambda: Plan.load(path) if path.exists() else None)
         return plan if path is None or found is None else resumed(found, plan, path)

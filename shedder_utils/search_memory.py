@@ -1,8 +1,9 @@
 """The memory of a search: what it holds, in bytes, and how a budget is shared out.
 
 A sweep (`sweep.py`) holds streams: those on their way through the layers, for one calibration batch, and those kept
-from step to step, for all batches. The budget bounds both together. Beside it there are the model, one layer at
-work, and a slice of the logits. On a GPU that is with the kernels of mamba_ssm: transformers' fallback holds more.
+from step to step, for all batches. The budget bounds both together. Beside it there are the model, copies of what is
+left of mixers that have lost heads, channels or states, one layer at work, and a slice of the logits. On a GPU that is
+with the kernels of mamba_ssm: transformers' fallback holds more.
 
 B batch, L tokens, D model width, V vocabulary.
 """
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .distributed import ranks_here
 from .families import family_of
+from .families.finer_kinds import WIDTHS
 from .importance import LOGITS_AT_ONCE
 from .plan import Stage
 from .removal import components
@@ -85,7 +87,7 @@ class SearchMemory:
     """What a fast search holds at its peak, in bytes.
 
     model: parameters and buffers; stack: streams on their way; kept: streams kept from step to step; layer: what one
-    layer needs for itself; logits: a slice of them, with their logarithms.
+    layer needs for itself; logits: a slice of them, with their logarithms; copies: at most, of mixers without parts.
     """
 
     model: int
@@ -93,14 +95,16 @@ class SearchMemory:
     kept: int
     layer: int
     logits: int
+    copies: int = 0
 
     @property
     def total(self) -> int:
         """All of it; a layer and the logits never are at work together."""
-        return self.model + self.stack + self.kept + max(self.layer, self.logits)
+        return self.model + self.copies + self.stack + self.kept + max(self.layer, self.logits)
 
     def __str__(self) -> str:
-        parts = ("model", self.model), ("streams", self.stack), ("kept", self.kept)
+        parts = [("model", self.model), ("streams", self.stack), ("kept", self.kept)]
+        parts += [("copies", self.copies)] if self.copies else []
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
         return f"{listed} + layer {self.layer / GIB:.2f} or logits {self.logits / GIB:.2f} = {self.total / GIB:.2f} GiB"
 
@@ -120,6 +124,7 @@ def search_memory(
     """
     row = family_of(model).stream_bytes(model, sequence_length)
     batch = row * min(batch_size, sequences)
+    stages = list(stages)
     streams = []
     for stage in stages:
         births = births_of(model, stage)
@@ -136,7 +141,15 @@ def search_memory(
         kept=kept,
         layer=at_work * batch_size * sequence_length * _layer_width(model) * max(4, model.dtype.itemsize),
         logits=2 * tokens * vocabulary * max(4, model.dtype.itemsize),
+        copies=_narrow_mixers(model, stages) * model.dtype.itemsize,
     )
+
+
+def _narrow_mixers(model: PreTrainedModel, stages: Iterable[Stage]) -> int:
+    """The parameters of all mixers that may be without parts at once, which is more than is left of them."""
+    steps = sum(stage.steps for stage in stages if WIDTHS.keys() & set(stage.kinds))
+    blocks = components(model, "mamba_block") if steps else []
+    return sum(sorted(family_of(model).parameters(model, block) for block in blocks)[-steps:])
 
 
 def births_of(model: PreTrainedModel, stage: Stage) -> dict[int, int]:

@@ -23,7 +23,7 @@ from .inventory import describe
 from .plan import Plan
 from .pocket.tasks import TASKS, tasks_fingerprint
 from .prefix import taken_over
-from .profiles import DENSE, INVENTORY, SEARCH, SPEED, Profile, Strategy, Study
+from .profiles import DENSE, INVENTORY, RELEASED, SEARCH, SPEED, Profile, Strategy, Study
 from .records import DataFacts, Metric, Outcome, Record, Request
 from .removal import components, removed
 from .search import search
@@ -173,6 +173,20 @@ def pruned_scores(bench: Workbench, study: str, n_removed: int) -> Record:
     """The scores after the first n removals of a study."""
     gone = removal_order(bench, study).first(n_removed).gone
     return _scores(bench, study, f"{n_removed:02d}_removed", gone) if n_removed else dense(bench)
+
+
+def released_orders(bench: Workbench) -> dict[str, Record]:
+    """The scores after removals in the orders that the paper's authors released, without a search.
+
+    Returns the records by setting, such as "mamba-2.8b_07_removed". Raises ProfileError for a model that the profile
+    scores no such order of, and PlanError if one does not fit the model.
+    """
+    wanted = [(order, n) for order in bench.profile.released if order.model == bench.name for n in order.rows]
+    if not wanted:
+        raise ProfileError(f"study {RELEASED} is not about {bench.name} in profile {bench.profile.name}")
+    return {
+        order.setting(n): _scores(bench, RELEASED, order.setting(n), order.plan.first(n).gone) for order, n in wanted
+    }
 
 
 def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Cut]) -> Record:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import has_adapters
+from . import adapters, hub
 from .components import Component, Cut
 from .errors import ModelError, PlanError
 from .evaluation import Score
@@ -27,10 +26,9 @@ from .families.mamba_like import MixerWithoutSSM
 from .files import write_atomically
 from .loading import PRUNED_TYPE, local_folder
 from .model_card import model_card
+from .model_tokenizer import copy_tokenizer
 from .plan import Plan
 from .removal import is_masked, prune, removed, settle
-
-OF_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> PreTrainedModel:
@@ -42,7 +40,7 @@ def extract(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> Pre
     `save_pruned`: where tensors are narrower than its class would have them, only `load_model` reads it back.
     Raises PlanError for a plan that does not fit the model, and ModelError for a model that is pruned or masked.
     """
-    _check_dense(model)
+    check_dense(model, "extract")
     _check_fits(model, plan)
     gone = plan.gone
     if inplace:
@@ -71,19 +69,21 @@ def save_pruned(
     with `portable` it does so for a model without SSMs as well, which is then stored at dense size with scans that
     return their input (B = 0, D = 1). Of anything else it says that it does not know the model type.
     The model card has the plan's removals and scores; scores: those of `evaluate` on this model, for the card.
-    The tokenizer is copied if the model came from a folder that has one.
-    Raises ModelError for a model that is not pruned, or only masked; PlanError if it cannot be portable.
+    The tokenizer is copied if the model came from a folder or a Hub id that has one.
+    Raises ModelError for a model that is not pruned, or only masked, and for a folder that `check_target` refuses;
+    PlanError if it cannot be portable.
     """
     record = getattr(model.config, "pruned", None)
     if record is None or is_masked(model):
         raise ModelError("save_pruned: this model is not pruned for good: extract() it first, or use save_pretrained()")
-    if has_adapters(model):
+    if adapters.has_adapters(model):
         raise ModelError("save_pruned: this model has LoRA adapters: merge them, or save_pretrained() them alone")
     gone = [Cut.parse(cut).component for cut in record["removed"]]
     stock = [family_of(model).stock_without(model, component) for component in gone]
     if portable:
         _check_portable(model, [component for component, is_stock in zip(gone, stock, strict=True) if not is_stock])
-    folder = Path(folder)
+    folder, base = Path(folder), model.config._name_or_path
+    check_target(folder, base)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, state_dict=_with_idle_scans(model) if portable else None)
@@ -96,14 +96,31 @@ def save_pruned(
         settings["model_type"] = PRUNED_TYPE + settings["model_type"]
     write_atomically(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_atomically(folder / "README.md", model_card(model, in_stock=portable or all(stock), scores=scores))
-    _copy_tokenizer(model, folder)
+    if source := local_folder(base) or hub.cached(base, getattr(model.config, "_commit_hash", None)):
+        copy_tokenizer(source, folder)
 
 
-def _check_dense(model: PreTrainedModel) -> None:
+def check_target(folder: Path, base: str) -> None:
+    """Refuse a folder for a model made from `base` that holds `base` itself, or what would hide the new model.
+
+    Raises ModelError.
+    """
+    source = local_folder(base)
+    if source is not None and source.resolve() == folder.resolve():
+        raise ModelError(f"folder {folder} holds the model that the new one is made from: choose another")
+    if (folder / adapters.SETTINGS).exists():
+        raise ModelError(
+            f"folder {folder} holds LoRA adapters, which load_model would look for first: choose another, or delete "
+            f"{adapters.SETTINGS} there"
+        )
+
+
+def check_dense(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model that is pruned or masked; what: needs a dense one, such as "extract". Raises ModelError."""
     if hasattr(model.config, "pruned"):
-        raise ModelError("extract: this model is pruned already: make one plan, and extract it from the dense model")
+        raise ModelError(f"{what}: this model is pruned already: make one plan, and extract it from the dense model")
     if is_masked(model):
-        raise ModelError("extract: this model is masked right now: leave the block of removed() first")
+        raise ModelError(f"{what}: this model is masked right now: leave the block of removed() first")
 
 
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
@@ -146,11 +163,3 @@ def _with_idle_scans(model: PreTrainedModel) -> dict[str, Tensor]:
             dense = module.with_idle_scan(model.config)
             tensors |= {f"{name}.{part}": tensor for part, tensor in dense.items()}
     return tensors
-
-
-def _copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
-    source = local_folder(model.config._name_or_path)
-    if source is not None and source.resolve() != folder.resolve():
-        for pattern in OF_TOKENIZER:
-            for file in source.glob(pattern):
-                shutil.copy(file, folder)

@@ -1,13 +1,19 @@
 """Shared fixtures: small random models of every covered architecture, a little calibration data, one run of smoke."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+for _setting in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "SHEDDER_SCAN", "TQDM_DISABLE"):
+    os.environ.pop(_setting, None)  # before the libraries read them
 
 import pytest
 import torch

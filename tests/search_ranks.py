@@ -1,4 +1,6 @@
-"""What `test_distributed` starts through torchrun: searches on every rank; in the last one, rank 1 is killed.
+"""What `test_distributed` starts through torchrun: searches on every rank, of which two are not the same on all.
+
+In the last one rank 1 is killed.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/search_ranks.py FOLDER
 """
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from conftest import random_model
 
-from shedder_utils import Calibration, Plan, ShedderError, Stage, distributed, search
+from shedder_utils import Calibration, Plan, PlanError, ShedderError, Stage, distributed, search
+from shedder_utils.savings import Savings
 
 IDS = torch.randint(0, 97, (7, 24), generator=torch.Generator().manual_seed(1))
 CALIBRATION = Calibration(list(IDS.split(2)), {"name": "random"})
@@ -27,6 +30,12 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "taylor": {"stages": Stage("ssm", 2), "metric": "taylor", "one_shot": True},
     "killed": {"stages": BOTH},
 }
+
+
+def unlike(rank: int) -> dict[str, dict[str, Any]]:
+    """Searches that differ from rank to rank: each draws with a seed of its own, or has timed by itself."""
+    timed = Savings(unit="decode", whole=9.0, each={f"ssm:{index}": 1.0 + rank for index in range(6)})
+    return {"seeds": {"metric": "random", "seed": 42 + rank}, "savings": {"per": timed}}
 
 
 def run(name: str, folder: Path) -> Plan:
@@ -48,10 +57,15 @@ def die_after_two_removals() -> None:
 
 
 def main(folder: Path) -> None:
-    """All searches; every rank writes the plan that it got."""
+    """All searches; every rank writes the plan that it got, or why it was refused."""
     torch.set_num_threads(1)
     distributed.start()
     try:
+        for name, options in unlike(distributed.rank()).items():
+            try:
+                search(random_model("mamba2"), CALIBRATION, Stage("ssm", 1), **options)
+            except PlanError as error:
+                (folder / f"{name}.rank{distributed.rank()}").write_text(str(error))
         for name in SEARCHES:
             if name == "killed" and distributed.rank() == 1:
                 die_after_two_removals()

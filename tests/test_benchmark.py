@@ -7,7 +7,7 @@ import torch
 from benchmarks import bench_removal
 
 from shedder_utils import ModelError, Plan, extract, provenance
-from shedder_utils.benchmark import PHASES, Timings, benchmark
+from shedder_utils.benchmark import PHASES, Timings, _CudaMeter, benchmark
 from shedder_utils.components import Component
 from shedder_utils.costs import Costs, costs
 from shedder_utils.families import random_model
@@ -81,6 +81,30 @@ def test_a_peak_that_the_system_cannot_tell_is_left_out(monkeypatch: pytest.Monk
     timings = benchmark({"dense": model}, prompt_tokens=4, new_tokens=2, batches=1, warmup=0)
     assert timings.peak_mib == {}
     assert timings.table()["peak_mib"].isna().all()
+
+
+def test_a_gpus_times_are_of_the_stream_where_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current device's, where nothing may be going on."""
+    streams: list[str | None] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str | None = None) -> None:
+            streams.append(stream)
+
+        def elapsed_time(self, later: Event) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    meter = _CudaMeter(torch.device("cuda:1"))
+    meter.mark()
+    meter.mark()
+    assert streams == ["stream of cuda:1"] * 2
+    assert meter.seconds() == [0.002]
 
 
 def test_what_cannot_be_timed_is_refused() -> None:

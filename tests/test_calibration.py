@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from shedder_utils import Calibration, DataError, calibrate, public_texts
+from shedder_utils.instructions import instructions
 from shedder_utils.pocket.prose import POCKET
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
@@ -75,12 +77,54 @@ def test_files_and_named_sources_are_read(tmp_path: Path) -> None:
     assert calibrate("pocket-prose", tokenizer, samples=1, sequence_length=256).source["name"] == "pocket-prose"
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "txt.gz", "jsonl.gz"])
+def test_lines_end_where_the_file_ends_them(tmp_path: Path, ending: str) -> None:
+    """Windows' line ends are read as any, and a separator of Unicode within a text ends no line."""
+    texts = [f"Anna saw{mark}lamp {i}." for i, mark in enumerate(" \u2028\u2029\x85" * 3)]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if "jsonl" in ending else texts
+    content = "\r\n\r\n".join(rows).encode()
+    file, settings = tmp_path / f"texts.{ending}", {"samples": 12, "sequence_length": 16}
+    file.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    tokenizer = load_tokenizer()
+    assert calibrate(file, tokenizer, **settings).fingerprint == calibrate(texts, tokenizer, **settings).fingerprint
+
+
+PACKED = gzip.compress(b'{"text": "Anna has the lamp."}\n', mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("rows.jsonl", b'{"text": "Anna."}\n{"text": null}\n', "expected texts, found a NoneType among them"),
+        ("rows.jsonl", b'{"text": 7}\n', "expected texts, found a int among them"),
+        ("rows.json", b'[{"text": "Anna."}]', "rows.json: expected a file that ends in .txt, .jsonl, .txt.gz, "),
+        ("rows.csv", b"text\nAnna.\n", "rows.csv: expected a file that ends in"),
+        ("rows.jsonl.gz", b'{"text": "Anna."}\n', r"cannot be read \(Not a gzipped file"),
+        ("rows.jsonl.gz", PACKED[:-9], r"cannot be read \(Compressed file ended before"),
+        ("rows.jsonl.gz", PACKED[:10] + b"\xff" * 9 + PACKED[19:], r"cannot be read \(Error -3 while decompressing"),
+    ],
+)
+def test_files_that_cannot_do_are_refused(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        calibrate(file, load_tokenizer(), samples=1, sequence_length=4)
+
+
+def test_damaged_instructions_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(PACKED[:-9])
+    with pytest.raises(DataError, match=r"rows.jsonl.gz: cannot be read \(Compressed file ended before"):
+        instructions(file, load_tokenizer(), max_length=64, held_out=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("source", "samples", "complaint"),
     [
         (TEXTS, 41, "has 40 texts, 41 were asked for"),
         (TEXTS[:1], 1, "less than one sequence"),
-        ("nowhere.jsonl", 1, "no such file or data name"),
+        ("nowhere.jsonl", 1, r"nowhere.jsonl: cannot be read \(.*No such file"),
+        ("alpacca", 1, "alpacca: expected a file that ends in .*, or one of pocket-instructions, pocket-prose, alpaca"),
     ],
 )
 def test_sources_that_cannot_do_are_refused(source: str | list[str], samples: int, complaint: str) -> None:

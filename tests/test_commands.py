@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from typer.main import get_command
 
-from shedder_utils import Plan, PlanError, load_model, paper
+from shedder_utils import Plan, PlanError, RecordError, load_model, paper
 from shedder_utils.__main__ import app, main
 from shedder_utils.benchmark import PHASES
-from shedder_utils.commands.options import stages_of
+from shedder_utils.commands.options import finish, stages_of
 from shedder_utils.commands.pruning import METRICS
 from shedder_utils.components import KINDS
 from shedder_utils.families import random_model
@@ -94,7 +98,7 @@ def test_extract_evaluate_and_benchmark(tiny: Path, plan: Path, tmp_path: Path) 
     assert said["scores"]["pocket_piqa"]["acc"]["n"] == 2
     assert json.loads(scores.read_text()) == said
 
-    run("extract", tiny, plan, small, "--first", 2, "--scores", scores)
+    run("extract", tiny, plan, small, "--first", 2, "--scores", scores, "--overwrite")
     shown = said["scores"]["pocket_piqa"]["acc"]
     card = (small / "README.md").read_text()
     assert f"| pocket_piqa | acc | {shown['value']:.4g} ± {shown['stderr']:.2g} | 2 |" in card
@@ -120,6 +124,53 @@ def test_recover(tiny: Path, plan: Path, tmp_path: Path) -> None:
     assert said["parameters"] == load_model(tuned)[0].num_parameters() == load_model(small)[0].num_parameters()
     assert said["recovery"]["recipe"]["steps"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"small", "tuned"}
+    again = ["recover", small, "--data", "pocket-instructions", "--output", tuned, *options]
+    assert "tuned is not empty: choose another, or pass --overwrite" in call(*again)[0]
+    (tmp_path / ".tuned.part").mkdir()  # as a tuning leaves it that is stopped while it writes its result
+    assert run(*again)["recovery"] == said["recovery"]
+    said = call("recover", small, "--data", "pocket-instructions", "--output", small, "--overwrite")[0]
+    assert "small holds the model that the new one is made from" in said
+
+
+def test_extract_keeps_the_checkpoints_own_numbers(tiny: Path, plan: Path, tmp_path: Path) -> None:
+    load_model(tiny, dtype=torch.bfloat16, tokenizer=False)[0].save_pretrained(tmp_path / "coarse")
+    for options, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        small = tmp_path / f"small{len(options)}"
+        run("extract", tmp_path / "coarse", plan, small, *options)
+        tensors = load_file(small / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+
+
+def test_extract_writes_over_nothing_unasked(tiny: Path, plan: Path, tmp_path: Path) -> None:
+    own, notes = shutil.copytree(tiny, tmp_path / "own"), tmp_path / "notes"
+    weights = (own / "model.safetensors").read_bytes()
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+
+    def refused(*arguments: object) -> str:
+        said, out, err = call("extract", own, plan, *arguments)
+        assert said.startswith("error: ")
+        assert "\n" not in said
+        assert (out, err) == ("", "")  # before anything is loaded
+        return said
+
+    for options in ([], ["--overwrite"]):
+        assert "own holds the model that the new one is made from" in refused(own, *options)
+    assert "notes is not empty: choose another, or pass --overwrite" in refused(notes)
+    assert "README.md is a file: expected a folder" in refused(notes / "README.md", "--overwrite")
+    assert (notes / "README.md").read_text() == "mine"
+    run("extract", own, plan, notes, "--overwrite")
+    (notes / "adapter_config.json").write_text("{}")
+    assert "notes holds LoRA adapters" in refused(notes, "--overwrite")
+    assert (own / "model.safetensors").read_bytes() == weights
+
+
+def test_a_pruned_model_is_not_searched(tiny: Path, plan: Path, tmp_path: Path) -> None:
+    run("extract", tiny, plan, tmp_path / "small")
+    options = ["--kinds", "ssm", "--steps", 1, "--output", tmp_path / "again.json"]
+    said, _, err = call("search", tmp_path / "small", *TEXT, *options)
+    assert "search: this model is pruned already: make one plan" in said
+    assert "searching on" not in err
 
 
 def test_extract_portable_and_from_a_released_file(tiny: Path, tmp_path: Path) -> None:
@@ -157,6 +208,24 @@ def test_a_mistake_is_one_line(tiny: Path, plan: Path, arguments: list[str], mes
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("command", [["evaluate", "TINY", "--tasks", "pocket_piqa"], ["benchmark", "TINY", "other"]])
+@pytest.mark.parametrize("output", [".", "/", "FOLDER", "FOLDER/file/scores.json"])
+def test_results_need_a_place_before_a_model_is_loaded(
+    tiny: Path, tmp_path: Path, command: list[str], output: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = [str(tiny) if argument == "TINY" else argument for argument in command]
+    said, out, err = call(*arguments, "--output", output.replace("FOLDER", str(tmp_path)))
+    assert "cannot be written: expected a file in a folder that may be written to" in said
+    assert (out, err) == ("", "")
+
+
+def test_results_that_cannot_be_stored_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecordError):
+        finish({"scores": 1}, tmp_path)
+    assert json.loads(capsys.readouterr().out) == {"scores": 1}
+
+
 @pytest.mark.parametrize("arguments", [["search", "TINY", "--steps", "-1"], ["exract"], ["evaluate", "TINY"]])
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     code, out, err = call(*arguments)
@@ -177,6 +246,8 @@ def test_every_command_explains_itself(name: str) -> None:
     code, out, _ = call(name, "--help")
     assert not code
     assert "Usage" in out
+    parameters = get_command(app).commands[name].params  # type: ignore[attr-defined]
+    assert not [parameter.name for parameter in parameters if not parameter.help]
 
 
 def test_the_help_of_search_names_kinds_and_metrics() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from shedder_utils import (
@@ -25,7 +28,7 @@ from shedder_utils import (
     studies,
 )
 from shedder_utils.__main__ import app
-from shedder_utils.cost_plan import CostPlan
+from shedder_utils.cost_plan import CostPlan, Device, Job
 from shedder_utils.costs import costs
 from shedder_utils.families import random_model
 from shedder_utils.passes import candidates_by_step
@@ -38,9 +41,10 @@ STORED = {"falcon-mamba-7b": 7_272_665_088, "zamba2-2.7b": 2_662_214_560}
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever asks the Hub fails at once."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache of the Hub is empty, and whatever asks the Hub fails at once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,17 @@ def test_shapes_are_the_published_ones(name: str) -> None:
     assert next(model.parameters()).is_meta
     assert model.num_parameters() == published.get("parameters", STORED.get(name))
     assert len(shapes.work_per_token(model, 512).layers) == published["blocks"]
+
+
+def test_the_laptops_shapes_and_downloads_are_the_published_ones(tmp_path: Path) -> None:
+    profile = profiles.load("laptop")
+    counts = {name: shapes.without_weights(model).num_parameters() for name, model in profile.models.items()}
+    assert counts == {"mamba-130m": 129_135_360, "mamba2-130m": 128_989_632}
+    plan = CostPlan(profile, Schedule(profile, tmp_path))
+    assert plan.downloads == {"mamba-130m": 0.5, "mamba2-130m": 0.3}
+    assert {(job.study, job.model) for job in plan.jobs if job.what == "search"} >= {
+        ("ssm_pruning", "mamba-130m"), ("ssm_pruning", "mamba2-130m"), ("joint_decode", "mamba2-130m")
+    }  # fmt: skip
 
 
 def test_passes_are_those_that_the_paper_needs(of_paper: CostPlan) -> None:
@@ -89,6 +104,15 @@ def test_passes_of_strategies_are_what_each_measures(of_paper: CostPlan) -> None
     assert jobs["certainty"].passes == len(draws) * (64 + 64 + 63 + 62)
     evaluated = {job.study: job.what for job in of_paper.jobs if "evaluation" in job.what}
     assert (evaluated["joint_decode"], evaluated["by_kl"]) == ("2 evaluations", "evaluation")
+
+
+def test_released_orders_are_evaluated_and_not_searched(of_paper: CostPlan) -> None:
+    jobs = {job.model: job for job in of_paper.jobs if job.study == "released"}
+    assert {model: job.what.split()[0] for model, job in jobs.items()} == {
+        "mamba-2.8b": "2", "mamba2-2.7b": "4", "zamba2-2.7b": "4", "hymba-1.5b": "2"
+    }  # fmt: skip
+    assert not any(job.passes for job in jobs.values())
+    assert "released" not in of_paper.not_counted
 
 
 def test_models_that_are_timed_together_are_in_memory_together(of_paper: CostPlan) -> None:
@@ -167,6 +191,7 @@ from shedder_utils.passes import candidates_by_step
 from shedder_utils.provenance import _status_mib, peak_mib, reset_peak
 from shedder_utils.search_memory import search_memory
 
+torch.set_num_threads(1)
 kernels.install()
 model = random_model(family="mamba", layers=8, hidden_size=32, seed=0, vocab_size=97)
 ids = torch.randint(0, 97, (48, 1024), generator=torch.Generator().manual_seed(1))
@@ -203,13 +228,21 @@ def test_downloads_memory_and_hours(of_paper: CostPlan, monkeypatch: pytest.Monk
     tuned_gb = (2 * (4 + 8) + 4) * paper.models()["mamba2-2.7b"]["parameters"] / 1e9
     assert of_paper.checkpoints_gb == pytest.approx(tuned_gb)
     assert 0 < of_paper.disk_gb - sum(of_paper.downloads.values()) - tuned_gb < 1
-    weights = {name: 2 * count / 2**30 for name, count in STORED.items()}
+    counts = {name: published.get("parameters", STORED.get(name)) for name, published in paper.models().items()}
     for job in of_paper.jobs:
-        assert weights.get(job.model, 0) < job.gib < (80 if job.study in ("recovery", "pareto") else 32), job
+        assert 2 * counts[job.model] / 2**30 < job.gib < (80 if job.study in ("recovery", "pareto") else 32), job
     tuned = {job.model for job in of_paper.jobs if job.study == "recovery"}
     assert tuned == {"mamba2-2.7b", "zamba2-2.7b", "hymba-1.5b"}
     hours = [sum(device.hours(job) for job in of_paper.jobs) for device in of_paper.devices]
     assert 0.5 < hours[2] < hours[1] < hours[0] < 200
+
+
+def test_hours_are_the_larger_of_arithmetic_and_traffic() -> None:
+    device = Device("x", half_flops=1e12, single_flops=1e11, bytes=1e9, gib=1)
+    job = Job("study", "model", "search", passes=1, flops=3.6e15, bytes=0.0, gib=1.0)
+    assert device.hours(job) == pytest.approx(1 / cost_plan.EFFICIENCY)
+    assert device.hours(replace(job, single=True)) == pytest.approx(10 / cost_plan.EFFICIENCY)
+    assert device.hours(replace(job, bytes=3.6e13)) == pytest.approx(10 / cost_plan.BANDWIDTH)
 
 
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "hymba"])
@@ -247,11 +280,12 @@ def test_the_memory_of_a_models_largest_search_is_shown_as_it_adds_up(tmp_path: 
     for line, model in zip(shown, ("mamba-2.8b", "mamba2-2.7b"), strict=True):
         largest = max((job for job in jobs if job["model"] == model), key=lambda job: job["gib"])
         parts = {name: size / 2**30 for name, size in largest["memory"].items()}
-        added = [f"{name} {parts[name]:.2f}" for name in ("model", "kept")]
+        added = [f"{name} {parts[name]:.2f}" for name in ("model", "kept", "copies") if parts[name]]
         assert line.startswith(f"memory of {model}, {largest['study']}: {added[0]} + streams {parts['stack']:.2f} + ")
-        assert f" + {added[1]} + layer " in line
+        assert f" + {' + '.join(added[1:])} + layer " in line
         assert line.endswith(f" = {largest['gib']:.2f} GiB")
-        total = parts["model"] + parts["stack"] + parts["kept"] + max(parts["layer"], parts["logits"])
+        total = sum(parts[name] for name in ("model", "stack", "kept", "copies"))
+        total += max(parts["layer"], parts["logits"])
         assert largest["gib"] == pytest.approx(total)
 
 

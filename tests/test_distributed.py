@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import search_ranks
+import torch
+import torch.distributed as dist
 from test_commands import TEXT, run, tiny  # noqa: F401
 
-from shedder_utils import Plan, ShedderError, distributed
+from shedder_utils import ModelError, Plan, ShedderError, distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -50,6 +55,19 @@ def test_only_the_first_rank_shows_progress(ended: tuple[Path, subprocess.Comple
     assert len(shown) == 2  # of the searches that ask for four removals, one line each
 
 
+@pytest.mark.parametrize(
+    ("name", "difference"), [("seeds", "seed is 43, expected 42"), ("savings", "per is decode (savings ")]
+)
+def test_ranks_with_different_searches_are_refused_on_all(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], name: str, difference: str
+) -> None:
+    folder, run = ended
+    for rank in (0, 1):
+        said = folder / f"{name}.rank{rank}"
+        assert said.exists(), run.stderr
+        assert f"rank 1 was given another search than rank 0: {difference}" in said.read_text()
+
+
 def test_a_rank_that_dies_ends_the_run_and_the_search_goes_on(
     ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -77,6 +95,35 @@ def test_the_command_finds_the_plan_of_one_and_says_so_once(tiny: Path, tmp_path
     assert content(plan) == content(Plan.load(tmp_path / "one.json"))
     assert plan.provenance["ranks"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"one.json", "two.json"}
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, timedelta]]:
+    """What is asked for by a process that torchrun started as the second on a node with two GPUs."""
+    asked: list[tuple[str, timedelta]] = []
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    return asked
+
+
+@pytest.mark.parametrize(("device", "own"), [("cpu", "cpu"), ("cuda", "cuda:1")])
+def test_ranks_wait_for_those_with_work_left_on_every_device(
+    groups: list[tuple[str, timedelta]], device: str, own: str
+) -> None:
+    assert distributed.start(device) == own
+    ((backend, timeout),) = groups
+    assert backend == "gloo"
+    assert timeout > timedelta(days=1)
+
+
+def test_a_gpu_that_all_ranks_would_share_is_refused(groups: list[Any]) -> None:
+    with pytest.raises(ModelError, match="device cuda:0 under torchrun: expected cuda, of which each"):
+        distributed.start("cuda:0")
+    assert not groups
 
 
 def test_without_torchrun_nothing_changes() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +112,43 @@ def test_scores_are_those_of_simple_evaluate(pocket_like: PreTrainedModel) -> No
     assert len(scores) == 4
     for (task, metric), score in scores.items():
         assert (score.value, score.stderr) == (own[task][f"{metric},none"], own[task][f"{metric}_stderr,none"])
+
+
+@pytest.fixture
+def of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives lm-eval other tasks than those that come with it."""
+    from lm_eval.tasks import TaskManager
+
+    def give(*configs: dict[str, Any]) -> None:
+        for i, config in enumerate(configs):
+            (tmp_path / f"{i}.yaml").write_text(json.dumps(config))
+        manager = TaskManager(include_path=tmp_path, include_defaults=False)
+        monkeypatch.setattr("shedder_utils.evaluation._lm_evals", lambda: manager)
+
+    return give
+
+
+def test_a_group_has_the_mean_of_its_tasks(pocket_like: PreTrainedModel, of_lm_eval: Any) -> None:
+    tasks = ("pocket_piqa", "pocket_arc_easy")
+    of_lm_eval(*task_configs(tasks), {"group": "both", "task": [*tasks], "aggregate_metric_list": [{"metric": "acc"}]})
+    scores = evaluate(pocket_like, load_tokenizer(), ["both"], limit=LIMIT, batch_size=4)
+    accuracies = [scores[task, "acc"] for task in tasks]
+    assert scores["both", "acc"].value == pytest.approx(sum(score.value for score in accuracies) / 2)
+    assert scores["both", "acc"].stderr > 0
+    assert (scores["both", "acc"].n, scores["both", "acc"].items) == (2 * LIMIT, None)
+    assert all(score.items for score in accuracies)
+
+
+def test_filters_have_scores_of_their_own(pocket_like: PreTrainedModel, of_lm_eval: Any) -> None:
+    (piqa,) = task_configs(("pocket_piqa",))
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("none", "strict")]
+    of_lm_eval({**piqa, "task": "filtered", "filter_list": filters}, {**piqa, "task": "silent", "filter_list": []})
+    scores = evaluate(pocket_like, load_tokenizer(), ["pocket_piqa", "filtered"], limit=LIMIT, batch_size=4)
+    for metric in ("acc", "acc_norm"):
+        expected = scores["pocket_piqa", metric]
+        assert scores["filtered", metric] == scores["filtered", f"{metric},strict"] == expected
+    with pytest.raises(DataError, match="task silent: lm-eval reports no metric of it"):
+        evaluate(pocket_like, load_tokenizer(), ["silent"], limit=2, batch_size=2)
 
 
 def test_unknown_tasks_are_refused(pocket_like: PreTrainedModel) -> None:

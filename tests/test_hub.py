@@ -19,27 +19,36 @@ import lm_eval.tasks
 import pytest
 import transformers.utils.hub
 import yaml
-from hub.__main__ import derived, rehearse
+from hub.__main__ import derived, passes_amiss
 from hub.models import FALCON_WORDS, NATIVE, VOCABULARY, build_models
 from hub.server import Hub
 from hub.texts import build_data
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
+from world import World
 
 from shedder_utils import (
     DataError,
     ModelError,
+    Plan,
+    Removal,
     calibrate,
     evaluate,
     evaluation,
+    extract,
     instructions,
     load_model,
     profiles,
     records,
+    save_pruned,
     search,
 )
+from shedder_utils.cost_plan import CostPlan
+from shedder_utils.families import random_model
 from shedder_utils.loading import fingerprint
+from shedder_utils.pocket.tokenizer import load_tokenizer
 from shedder_utils.public_texts import public_texts
+from shedder_utils.schedule import Schedule
 from shedder_utils.studies import pruning
 from shedder_utils.workbench import Workbench
 
@@ -184,6 +193,23 @@ def test_the_environment_alone_leads_there(files: Path, tmp_path: Path) -> None:
         assert "GET /nvidia/Hymba-1.5B-Base/resolve/" in "\n".join(hub.requests)
 
 
+def test_a_model_of_the_hub_keeps_its_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["<|mine|>"])
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    model = random_model(family="mamba2", layers=2, hidden_size=32, seed=0, vocab_size=len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "models" / "me" / "own")
+    with Hub(tmp_path) as hub:
+        lead_to(hub, monkeypatch, tmp_path)
+        found, its_tokenizer = load_model("me/own")
+    plan = Plan(removals=[Removal(component="ssm:1")])
+    save_pruned(extract(found, plan), tmp_path / "less")
+    again = load_model(tmp_path / "less")[1]
+    assert again("Anna <|mine|>").input_ids == its_tokenizer("Anna <|mine|>").input_ids
+    assert again.chat_template == its_tokenizer.chat_template == tokenizer.chat_template
+
+
 FAILURES = {
     "busy": r"cannot be read \(.+\): .*run again",
     "short": r"cannot be read \(Consistency check failed.*\): .*run again",
@@ -316,6 +342,13 @@ def test_the_rehearsal_differs_in_limit_and_device_only(tmp_path: Path) -> None:
     assert ours == theirs.model_copy(update={**changed, "evaluation": limited})
 
 
-@pytest.mark.rehearse
-def test_the_paper_profile_runs_from_beginning_to_end(tmp_path: Path) -> None:
-    assert rehearse(tmp_path) == []
+@pytest.mark.parametrize("more", [0, -1, 1])
+def test_the_rehearsal_tells_of_passes_that_were_not_planned(tmp_path: Path, more: int) -> None:
+    profile, wanted = profiles.load("smoke"), {"models": ["smoke-mamba2"], "studies": ["block_pruning"]}
+    plan = CostPlan(profile, Schedule(profile, tmp_path, **wanted), **wanted)
+    assert passes_amiss(plan, tmp_path) == []
+    (job,) = (job for job in plan.jobs if job.what == "search")
+    made = Plan(removals=[Removal(component="mamba_block:1")], provenance={"passes": job.passes + more})
+    World(tmp_path, profile).store(job.study, job.model, "search", plan=made)
+    complaint = f"block_pruning, smoke-mamba2: {job.passes + more} passes, planned {job.passes}"
+    assert passes_amiss(plan, tmp_path) == ([complaint] if more else [])

@@ -404,16 +404,15 @@ def test_a_gradient_reaches_every_parameter(model: HymbaForCausalLM) -> None:
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
 
 
-def test_our_scans_and_those_of_transformers_give_the_same_logits(model: HymbaForCausalLM) -> None:
-    ours, ours_cached = logits(model), in_pieces(model, IDS, (9,))
+def test_our_scans_and_those_of_transformers_give_the_same_logits_with_a_cache(model: HymbaForCausalLM) -> None:
+    ours = in_pieces(model, IDS, (9,))
     assert kernels.active() == "shedder-numba"
     kernels.uninstall()
     try:
-        assert_close(logits(model), ours)
-        assert_close(in_pieces(model, IDS, (9,)), ours_cached)
+        assert_close(in_pieces(model, IDS, (9,)), ours)
     finally:
         kernels.install()
-    assert not torch.equal(ours, torch.zeros_like(ours))
+    assert ours.any()
 
 
 def test_a_new_model_starts_with_the_scan_of_mamba() -> None:

@@ -131,6 +131,17 @@ def test_magnitude_is_the_norm_of_what_goes(family: str) -> None:
         assert found[f"mlp_channels:2/{half}"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_magnitude_leaves_out_what_a_shared_block_has_for_other_positions() -> None:
+    model = zamba2()  # positions 0 and 2 share a block
+    before = scores(model, "magnitude")
+    for name, parameter in model.named_parameters():
+        if "_adapter_list.2." in name:
+            parameter.data.mul_(1000)
+    after = scores(model, "magnitude")
+    changed = {name for name, score in after.items() if score != pytest.approx(before[name])}
+    assert changed == {"mlp:2", "mlp_channels:2/32", "transformer_block:2"}
+
+
 def test_divergence_is_that_of_the_next_tokens_distribution() -> None:
     model, gone = random_model("mamba2"), [Component("ssm", 2)]
     measure = MEASURES["kl"]()

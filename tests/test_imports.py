@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,52 @@ assert not heavy, heavy
 def test_commands_and_report_start_without_torch() -> None:
     finished = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+LAYERS = (
+    ("studies",), ("search", "surgery", "evaluation", "benchmark"), ("removal", "loading", "importance", "calibration"),
+    ("families",), ("plan", "components", "kernels"),
+)  # fmt: skip
+"""What imports only from the same line and from those below, as CONTRIBUTING.md says."""
+PACKAGE = Path(shedder_utils.__file__).parent
+MODULES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in PACKAGE.rglob("*.py")
+    if file != PACKAGE / "__init__.py"
+}
+
+
+@cache
+def imported(name: str) -> set[str]:
+    """The modules of the package that one of them imports, at its top or in a function."""
+    file, found = MODULES[name], set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.relative_to(PACKAGE).parts[:-1]
+            base = [*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]
+            for alias in node.names:
+                names = [".".join(filter(None, parts)) for parts in ([*base, alias.name], base)]
+                found |= {next((one for one in names if one in MODULES), name)}
+    return found - {name}
+
+
+def reached(name: str) -> set[str]:
+    """All that comes with a module."""
+    found, todo = {name}, [name]
+    while todo:
+        new = imported(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_imports_point_downwards() -> None:
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    below = {name: reached(name) for name in MODULES if name.partition(".")[0] in level}
+    assert {"search", "surgery", "loading", "families.mamba2", "plan", "kernels.ssd"} <= below["studies"]
+    for name, others in below.items():
+        depth = level[name.partition(".")[0]]
+        assert not [one for one in others if level.get(one.partition(".")[0], depth) < depth], name
 
 
 def test_every_public_name_is_there() -> None:

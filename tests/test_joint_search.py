@@ -35,7 +35,9 @@ from shedder_utils.commands import weighing
 from shedder_utils.component_costs import alike
 from shedder_utils.components import Cut, cuts
 from shedder_utils.costs import costs
+from shedder_utils.errors import BudgetMissedError
 from shedder_utils.families import random_model as random_family
+from shedder_utils.resuming import resumed
 from shedder_utils.savings import Budget, Savings, standing, wanted
 from shedder_utils.workbench import Workbench
 
@@ -230,11 +232,14 @@ def test_a_class_that_only_goes_after_others_is_refused_by_name(unit: str) -> No
 
 def test_measured_savings_are_medians_of_paired_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("mamba2")
+    timed_layers: list[int] = []
 
     def timed(models: dict[str, PreTrainedModel], **_: Any) -> Timings:
         layers = {name: one.config.num_hidden_layers for name, one in models.items()}
-        assert layers == {"dense": 6, "mamba_block:0": 3, "ssm:0": 6}
-        decode = {name: 0.001 + 0.002 * n - 0.003 * ("ssm" in name) for name, n in layers.items()}
+        assert list(layers) == ["dense", "variant"]  # no more copies at a time
+        timed_layers.append(layers["variant"])
+        without_ssms = layers["variant"] == layers["dense"] == 6
+        decode = {name: 0.001 + 0.002 * n - 0.003 * (without_ssms and name == "variant") for name, n in layers.items()}
         disturbed = [0.0, 0.0, 1.0]  # one round on a busy machine
         return Timings(
             "dense", {name: {"prefill": [0.06] * 3, "decode": [s + d for d in disturbed]} for name, s in decode.items()}
@@ -242,6 +247,7 @@ def test_measured_savings_are_medians_of_paired_differences(monkeypatch: pytest.
 
     monkeypatch.setattr(component_costs, "benchmark", timed)
     found = component_costs.savings(model, POOL, ["decode", "prefill"])
+    assert timed_layers == [3, 6]
     assert found["decode"].whole == pytest.approx(0.013)
     assert found["decode"].each["mamba_block:5"] == pytest.approx(0.002)
     assert found["decode"].each["ssm:3"] == pytest.approx(0.001)
@@ -289,6 +295,27 @@ def test_a_search_that_goes_on_keeps_the_savings_it_began_with(tiny: Path, tmp_p
     assert Plan.load(tmp_path / "p.json").provenance["per"] == begun.provenance["per"]
 
 
+def test_a_search_does_not_go_on_with_savings_of_other_timing(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--kinds", "mamba_block, ssm", "--steps", 2, "--per", "bytes", *TEXT, "--output", tmp_path / "p.json"]
+    run("search", tiny, *options, "--prompt-tokens", 8)
+    begun = Plan.load(tmp_path / "p.json").first(1)
+    assert begun.provenance["per"]["timing"] == {"prompt_tokens": 8}
+    begun.save(tmp_path / ".p.json.part")
+    said, _, _ = call("search", tiny, *options, "--prompt-tokens", 64)
+    assert "is of another search: prompt_tokens is 8, expected 64; delete or move it" in said
+    run("search", tiny, *options, "--prompt-tokens", 8, "--new-tokens", 2)  # which bytes do not depend on
+
+
+def test_savings_with_their_timing_identify_a_search() -> None:
+    plain = Savings(unit="bytes", whole=9.0, each={})
+    assert "timing" not in plain.model_dump()  # in a study they are read from a record, which has it
+    plans = [
+        Plan(provenance={"per": plain.model_copy(update={"timing": {"prompt_tokens": n}}).model_dump()}) for n in (8, 9)
+    ]
+    with pytest.raises(PlanError, match="checkpoint part is of another search: per prompt_tokens is 8, expected 9"):
+        resumed(*plans, Path("part"))
+
+
 def test_ranks_without_a_shared_disk_ask_the_first_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, here, nowhere = random_model("mamba2"), tmp_path / ".p.json.part", tmp_path / "nowhere"
     per = weighed(model, unit="bytes")
@@ -302,28 +329,52 @@ def test_ranks_without_a_shared_disk_ask_the_first_alike(tmp_path: Path, monkeyp
     assert not broadcast
 
 
-def test_a_search_that_missed_its_budget_leaves_nothing_in_the_way(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_search_that_missed_its_budget_goes_on_with_more_steps(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     options = ["--kinds", "mamba_block", "--until", "parameters 8%", *TEXT, "--output", tmp_path / "p.json"]
     said, _, _ = call("search", tiny, *options, "--steps", 1)
     assert "is not reached" in said
+    assert len(Plan.load(tmp_path / ".p.json.part")) == 1
+    code, _, err = call("search", tiny, *options, "--steps", 4)
+    assert not code
+    assert "going on from" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+    found = Plan.load(tmp_path / "p.json")
+    assert run("search", tiny, *options)["scores"] == found.scores
+
+
+def test_a_search_that_took_all_and_missed_its_budget_leaves_nothing(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--kinds", "mamba_block, ssm", *TEXT, "--output", tmp_path / "p.json"]
+    said, _, _ = call("search", tiny, *options, "--until", "parameters 99%")
+    assert "is not reached, 4 removals save" in said
     assert not list(tmp_path.iterdir())
-    assert run("search", tiny, *options, "--steps", 4)["removals"]
 
 
-def test_a_budget_may_take_every_part_that_there_is(tmp_path: Path) -> None:
-    model = random_family(family="zamba2", layers=4, hidden_size=32, seed=0, vocab_size=60)
-    assert len(components(model, "mlp_channels")) == 3
-    assert removals(model, Stage(["mlp_channels", "mlp"], 0, group=32)) == 3 * 3 + 3
+def test_a_budget_is_missed_where_nothing_is_left_to_remove(calibration: Calibration) -> None:
+    model, stages = random_model("mamba2"), [Stage("mamba_block", 6), Stage("ssm", 1)]
+    until = Budget(text="decode 90%", savings=weighed(model))
+    with pytest.raises(BudgetMissedError, match=r"'decode 90%' is not reached, 6 removals save 45.0% of the decode"):
+        search(model, calibration, stages, until=until, progress=False)
 
 
-def test_only_a_checkpoint_that_is_of_no_use_is_dropped(tmp_path: Path) -> None:
-    model, file = random_model("mamba2"), tmp_path / "part"
-    removal = {"component": "ssm:1"}
-    for text, steps, stays in (("decode 50%", 1, False), ("decode 50%", 2, True), ("decode 1%", 1, True)):
-        until = Budget(text=text, savings=weighed(model)).model_dump()
-        Plan(removals=[removal], stages=[Stage("ssm", steps)], provenance={"until": until}).save(file)
-        weighing.drop_missed(file)
-        assert file.exists() == stays
+@pytest.mark.parametrize(
+    ("kinds", "group", "most"),
+    [
+        (["mamba_block", "ssm"], 1, 4),
+        (["mlp_channels", "mlp"], 32, 3 * 3),
+        (["transformer_block", "mha", "mlp"], 1, 3 * 2),
+        (["mamba_block", "ssm", "heads", "states"], 2, 4 * (1 + 7)),
+        (["mamba_block", "mha"], 1, 4 + 3),
+    ],
+    ids=str,
+)
+def test_of_what_lies_in_another_one_only_either_counts(kinds: list[str], group: int, most: int) -> None:
+    model = random_family(family="zamba2", layers=4, hidden_size=32, seed=0, vocab_size=60)  # 3 layers are hybrid
+    assert removals(model, Stage(kinds, 0, group)) == most
+
+
+def test_a_search_of_no_steps_has_nothing_to_clear_away(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    said = run("search", tiny, "--stages", "ssm: 0", "--metric", "random", *TEXT, "--output", tmp_path / "p.json")
+    assert said["removals"] == []
 
 
 @pytest.mark.parametrize(
@@ -335,6 +386,7 @@ def test_only_a_checkpoint_that_is_of_no_use_is_dropped(tmp_path: Path) -> None:
         (["--stages", "ssm: 9", "--per", "decode"], "9 removals of ssm were asked for, the model has 4"),
         (["--kinds", "ssm"], "how much to remove of ssm: expected --steps or --until"),
         (["--stages", "ssm: 1", "--steps", "2"], "--steps 2 goes with --kinds"),
+        (["--stages", "heads: 3 x 0"], "'heads: 3 x 0' takes nothing: expected x 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(

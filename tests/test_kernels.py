@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
@@ -28,7 +29,7 @@ from transformers.models.mamba import modeling_mamba
 
 from shedder_utils import kernels
 from shedder_utils.hymba import HymbaConfig, HymbaForCausalLM
-from shedder_utils.kernels import patching, reference, scan_kernels, threads
+from shedder_utils.kernels import patching, reference, scan_kernels, ssd_kernels, threads
 
 TOLERANCE = 1e-4
 
@@ -429,22 +430,17 @@ def test_install_is_reversible_and_reported(monkeypatch):
 
 
 OTHER_CPU = """
-import torch
 from shedder_utils import kernels
 from shedder_utils.kernels import reference
-torch.manual_seed(0)
-u, dt, B, z = torch.randn(2, 40, 32), torch.randn(2, 40, 32) - 3, torch.randn(2, 40, 16), torch.randn(2, 40, 32)
-A = -torch.rand(32, 16) * 16
-ours = [x.clone().requires_grad_() for x in (u, dt, A, B, B, z)]
-true = [x.detach().double().requires_grad_() for x in ours]
-for scan, leaves in ((kernels.selective_scan, ours), (reference.selective_scan, true)):
-    u, dt, A, B, C, z = leaves
-    scan(u, dt, A, B, C, z=z)[0].square().sum().backward()
-assert all((a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max() for a, b in zip(ours, true, strict=True))
+from test_kernels import check, conv_inputs, scan_inputs, ssd_inputs
+for name, inputs in (("selective_scan", scan_inputs()), ("ssd", ssd_inputs()), ("causal_conv", conv_inputs())):
+    check(getattr(kernels, name), getattr(reference, name), inputs)
 """
 
 
-def test_kernels_compile_for_arm():
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("module", [scan_kernels, ssd_kernels], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_kernels_compile_for_arm(module, direction):
     """The intermediate code names no x86 feature: LLVM makes NEON instructions of it."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -452,7 +448,7 @@ def test_kernels_compile_for_arm():
         arm = llvm.Target.from_triple("aarch64-linux-gnu")
     except RuntimeError:
         pytest.skip("this llvmlite has no Arm backend")
-    entry = cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")(scan_kernels.forward._entry)
+    entry = cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")(getattr(module, direction)._entry)
     code = re.sub(r'target (triple|datalayout) = .*|"target-(cpu|features)"="[^"]*"', "", entry.inspect_llvm())
     module = llvm.parse_assembly(code)
     module.triple = "aarch64-linux-gnu"
@@ -466,5 +462,6 @@ def test_kernels_are_right_on_other_cpus(cpu):
     """AVX2 with fused multiply-add, and the oldest x86-64 without it."""
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "OMP_NUM_THREADS": "1"}
     environment |= {} if cpu == "x86-64" else {"NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent)}
     finished = subprocess.run([sys.executable, "-c", OTHER_CPU], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

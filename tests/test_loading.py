@@ -10,7 +10,7 @@ from conftest import CONFIGS, random_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shedder_utils import ModelError, hub, load_model
+from shedder_utils import ModelError, hub, load_model, loading
 from shedder_utils.loading import fingerprint
 from shedder_utils.pocket.tokenizer import load_tokenizer
 
@@ -65,6 +65,27 @@ def test_a_device_that_cannot_compute_is_refused_before_a_download(
     with pytest.raises(ModelError, match=r"someone/mamba: torch cannot compute on device '(cuda:99|gpu)'") as caught:
         load_model("someone/mamba", device=device)
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_without_the_means_to_time_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "device_error", lambda device: None)  # as on a machine that has one
+    with pytest.raises(ModelError, match="device 'mps' is not covered: expected cpu or cuda"):
+        load_model("pocket-mamba2", device="mps")
+
+
+def test_a_folder_may_be_named_like_a_pocket_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("mamba")
+    model.save_pretrained(tmp_path / "pocket-mine")
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(load_model("pocket-mine", tokenizer=False)[0]) == fingerprint(model)
+    Path("pocket-mamba2").mkdir()
+    assert load_model("pocket-mamba2", tokenizer=False)[0].config.model_type == "mamba2"
+
+
+def test_a_checkpoint_keeps_its_own_numbers_if_asked(tmp_path: Path) -> None:
+    random_model("mamba").bfloat16().save_pretrained(tmp_path)
+    assert load_model(tmp_path, dtype="auto", tokenizer=False)[0].dtype == torch.bfloat16
+    assert load_model(tmp_path, tokenizer=False)[0].dtype == torch.float32
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

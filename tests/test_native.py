@@ -230,13 +230,15 @@ def test_the_tokenizer_beside_the_weights_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_tokenizer_the_published_one_is_taken(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published: dict[str, list[int]] = {"EleutherAI/gpt-neox-20b": [0] * 48, "mine": [0] * 50_000}
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source, **_: published[source])
     folder = reference.write(tmp_path, kind, reference.random_tensors(kind))
     assert loading.load_model(folder)[1] is published["EleutherAI/gpt-neox-20b"]
+    assert capsys.readouterr().err == f"model {folder} has no tokenizer beside it: taking EleutherAI/gpt-neox-20b\n"
     assert loading.load_model(folder, tokenizer="mine")[1] is published["mine"]
+    assert not capsys.readouterr().err
     published["EleutherAI/gpt-neox-20b"] = [0] * 49
     with pytest.raises(ModelError, match=r"48 tokens, where EleutherAI/gpt-neox-20b has 49: pass tokenizer="):
         loading.load_model(folder)

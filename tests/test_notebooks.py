@@ -11,7 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from shedder_utils import ProfileError, notebooks, profiles, records
+from shedder_utils import ProfileError, manifest, notebooks, profiles, records, report
+from shedder_utils.report.counterparts import ABSENT
+from shedder_utils.report.verify import verify
 
 FILES = sorted(notebooks.FOLDER.glob("*.ipynb"))
 POCKET = set(profiles.load("pocket").study_names)
@@ -62,6 +64,24 @@ def test_all_run_and_leave_tables_figures_and_themselves(smoke_run: tuple[Path, 
     }  # fmt: skip
     assert all(path.stat().st_size for path in shown)
     assert len(list((output / "notebooks" / "smoke").glob("*.ipynb"))) == len(FILES)
+
+
+def test_every_table_has_values_of_yours_and_the_run_verifies(
+    smoke_run: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    output, _ = smoke_run
+    for number in range(1, 13):
+        frame = report.table(number, "smoke", output, tmp_path).frame
+        own = frame[frame["verdict"] != ABSENT]
+        assert set(own["verdict"]) == {"not recorded"}, number
+        assert own["yours"].notna().all(), number
+    frame = report.table("strategies", "smoke", output, tmp_path).frame
+    own = frame[frame["source"] == "yours"]
+    assert set(own["study"]) == {"dense", *profiles.load("smoke").pareto.studies}
+    assert own[["share", "ppl", "average", "decode"]].notna().all(axis=None)
+    assert report.figure("pareto", "smoke", output).records
+    manifest.write(tmp_path)
+    assert not [finding for finding in verify("smoke", output, tmp_path) if finding.fatal]
 
 
 def test_models_run_on_as_many_threads_as_the_profile_says(smoke_run: tuple[Path, list[Path]]) -> None:

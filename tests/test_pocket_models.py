@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
+from statistics import fmean
 
 import pytest
 
-from shedder_utils import Stage, calibrate, components, load_model, profiles, search
+from shedder_utils import Stage, calibrate, components, load_model, profiles, records, search
 from shedder_utils.files import ROOT
 from shedder_utils.pocket.training import CONFIGS, RECIPES, curves
 
@@ -32,6 +34,21 @@ def test_all_models_saw_the_same_tokens() -> None:
     last = curves(["state-spaces/mamba-2.8b", *NAMES]).groupby("model").last()
     assert list(last.index) == sorted(NAMES)
     assert last["tokens"].nunique() == 1
+
+
+@pytest.mark.parametrize("name", POCKET.models)
+def test_without_its_ssms_a_model_scores_as_chance_does(name: str) -> None:
+    """The recorded accuracies of the tasks with choices, less chance, in standard errors of their mean."""
+    columns = [column for column in POCKET.evaluation.tasks if column.chance and column.column != "lambada_openai"]
+    above = {}
+    for setting in ("scores", "without_ssms"):
+        metrics = records.read(records.path(ROOT / "results", "pocket", "dense", name, setting)).metrics
+        scores = [metrics[f"{column.task}/{column.metric}"] for column in columns]
+        gain = fmean(score.value - column.chance for score, column in zip(scores, columns, strict=True))
+        above[setting] = gain * len(scores) / math.hypot(*(score.stderr for score in scores))
+    assert len(columns) == 6
+    assert above["scores"] > 10
+    assert above["without_ssms"] < 3
 
 
 def test_models_that_were_not_trained_here_have_no_curve() -> None:

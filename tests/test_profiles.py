@@ -10,6 +10,8 @@ from shedder_utils.errors import ProfileError
 from shedder_utils.pocket.training import CONFIGS
 from shedder_utils.report.tables import paper_values, target_of
 
+RELEASED = {"order": "mamba-2.8b", "model": "smoke-mamba", "table": 1, "rows": {7: 7}}
+
 
 @pytest.fixture
 def content() -> dict:
@@ -111,6 +113,10 @@ def edited(content: dict, place: str, value: object) -> dict:
         ("studies.ssm_pruning.stages", [{"kinds": ["ssms"], "steps": 2}], "kind 'ssms' is unknown"),
         ("studies.ssm_pruning.stages", [{"kinds": ["ssm"], "steps": 2, "group": 4}], "group"),
         ("studies.ssm_pruning.stages", [{"kinds": ["mlp_channels"], "steps": 2}], "group"),
+        ("released", [RELEASED | {"order": "mamba-3b"}], "order 'mamba-3b' is unknown, expected one of mamba-2.8b"),
+        ("released", [RELEASED | {"rows": {7: 7, 15: 14}}], "rows of mamba-2.8b, [7, 15]: it has 14 removals"),
+        ("released", [RELEASED | {"model": "smoke-mamba2"}], "order mamba-2.8b is not one of a model 'smoke-mamba2'"),
+        ("released", [RELEASED | {"model": "smoke-mambo"}], "order mamba-2.8b is not one of a model 'smoke-mambo'"),
     ],
 )
 def test_mistake_is_named_in_one_line(tmp_path: Path, content: dict, place: str, value: object, message: str):

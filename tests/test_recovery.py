@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import gzip
 import json
@@ -106,6 +107,16 @@ def paths(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
+def held_out_loss(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> float:
+    """The mean loss of the rows that a tuning with this recipe does not train on."""
+    held_out = {name: getattr(recipe, name) for name in ("max_length", "held_out", "seed")}
+    batch = collate(instructions(ROWS, tokenizer, **held_out).held_out, recipe.loss_on)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    total, count = tuning.cross_entropy(logits, batch["labels"])
+    return total.item() / count
+
+
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -146,6 +157,17 @@ def test_every_adapter_has_a_gradient_and_shows_in_every_path(family: str, make:
     assert all(tensor.requires_grad for tensor in model.parameters())
 
 
+def test_adapters_of_a_coarse_model_are_trained_in_float32(tokenizer: Any) -> None:
+    model = dense("mamba2").bfloat16()
+    tuned = recover(model, tokenizer, ROWS, merge=False, **LORA)
+    trained = [tensor for name, tensor in tuned.named_parameters() if ".lora_" in name]
+    assert {tensor.dtype for tensor in trained} == {torch.float32}
+    assert tuned.config.recovery["best_step"] > 0
+    merge(tuned)
+    assert {tensor.dtype for tensor in tuned.parameters()} == {torch.bfloat16}
+    assert not same_weights(tuned, model)
+
+
 @pytest.mark.parametrize(("method", "family"), [("full", "zamba2"), ("full", "falcon_mamba"), ("lora", "hymba")])
 def test_tuning_lowers_the_held_out_loss_and_leaves_the_model_alone(tokenizer: Any, method: str, family: str) -> None:
     model = pruned(family)
@@ -162,6 +184,9 @@ def test_tuning_lowers_the_held_out_loss_and_leaves_the_model_alone(tokenizer: A
     assert tuned.config.recovery["best_step"] == 6
     assert tuned.config.recovery["stopped"] is None
     assert not tuned.training
+    recipe = Recipe(**tuned.config.recovery["recipe"])
+    measured = [held_out_loss(one, tokenizer, recipe) for one in (model, tuned)]
+    assert measured == pytest.approx([losses[0], min(losses)], rel=1e-3)
     assert tuned.num_parameters() == model.num_parameters()
     assert all(torch.equal(logits, before[path]) for path, logits in paths(model).items())
 
@@ -292,11 +317,16 @@ def test_patience_and_the_best_step(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     scripted, kept = iter([3.0, 2.0, 2.5, 2.4, 1.0]), []
     monkeypatch.setattr(tuning.Tuning, "_held_out_loss", lambda self: next(scripted))
     save = tuning.save_trained
-    monkeypatch.setattr(
-        tuning, "save_trained", lambda model, file: (kept.append(dict(model.named_parameters())), save(model, file))
-    )
+
+    def noted(model: PreTrainedModel, file: Path) -> None:
+        if file.name == tuning.BEST:
+            kept.append(copy.deepcopy(model))
+        save(model, file)
+
+    monkeypatch.setattr(tuning, "save_trained", noted)
     tuned = recover(dense("mamba"), tokenizer, ROWS, **{**SMALL, "steps": 20, "patience": 2})
     assert tuned.config.recovery["best_step"] == 2
+    assert [same_weights(tuned, one) for one in kept] == [False, True]
     assert "step 6: 2 held-out losses in a row were no better than 2.000" in tuned.config.recovery["stopped"]
 
 
@@ -431,8 +461,9 @@ def test_models_that_cannot_be_trained_so_are_refused(tokenizer: Any) -> None:
     model = dense("mamba2")
     with pytest.raises(ModelError, match="masked right now"), removed(model, components(model)[:1]):
         recover(model, tokenizer, ROWS, **SMALL)
-    with pytest.raises(ModelError, match="float16"):
-        recover(dense("mamba2").half(), tokenizer, ROWS, **SMALL)
+    for coarse, settings in ((torch.float16, SMALL), (torch.float16, LORA), (torch.bfloat16, SMALL)):
+        with pytest.raises(ModelError, match=f"weights are {str(coarse)[6:]}, too coarse to train: load with"):
+            recover(dense("mamba2").to(coarse), tokenizer, ROWS, **settings)
     with pytest.raises(ModelError, match="no projections of role 'mlp': expected some of input, output"):
         recover(model, tokenizer, ROWS, **{**LORA, "targets": ("mlp",)})
     with pytest.raises(ModelError, match=r"shares its weight with 1 other"):

@@ -459,6 +459,28 @@ def test_provenance_names_weights_data_versions_and_cost(world):
         report.provenance(POCKET, world.root, "table_1")
 
 
+def test_the_version_that_scored_stands_below_scores_and_verdicts(world, tmp_path):
+    place = "block_pruning", "pocket-mamba", "03_removed"
+    other = World(tmp_path / "results", loss=AS_IN_THE_PAPER, rise=RISES_AS_IN_THE_PAPER).write()
+
+    def notes(recorded: Path) -> list[str]:
+        tables = [report.table(1, POCKET, world.root, recorded), glance.averages(POCKET, world.root, recorded),
+                  glance.claims(POCKET, world.root, recorded), report.verdicts(["C1"], POCKET, recorded)]  # fmt: skip
+        return [table.to_markdown().splitlines()[-1] for table in tables]
+
+    assert all(note.endswith(" Scored with lm-eval 0.4.13.") for note in notes(other.root))
+    record = records.read(records.path(other.root, "pocket", *place))
+    older = record.environment.model_copy(update={"lm_eval": "0.4.2"})
+    records.write(other.root, record.model_copy(update={"environment": older}))
+    both = "0.4.13 and 0.4.2"
+    *compared, alone = notes(other.root)
+    assert all(note.endswith(f" Scored with lm-eval {both} (recorded), 0.4.13 (yours).") for note in compared)
+    assert alone.endswith(f" Scored with lm-eval {both}.")
+    assert report.table(1, POCKET, world.root, tmp_path).to_latex().count("Scored with lm-eval 0.4.13.") == 1
+    assert "Scored" not in report.table(1, POCKET, tmp_path / "a", tmp_path / "b").to_markdown()
+    assert "Scored" not in report.verdicts(None, POCKET, tmp_path / "a").to_markdown()
+
+
 @pytest.mark.parametrize("make", [report.table, report.figure])
 def test_unknown_numbers_are_refused(make, tmp_path):
     with pytest.raises(DataError, match="9: expected one of"):

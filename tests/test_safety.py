@@ -36,6 +36,19 @@ def keyword(call: ast.Call, name: str) -> Any:
     return ast.literal_eval(found[0]) if found else None
 
 
+def test_no_profile_is_special_to_the_code() -> None:
+    names = {file.stem for file in (PACKAGE / "profiles").glob("*.yaml")}
+    assert "smoke" in names
+    found = [
+        (file.relative_to(PACKAGE), ast.unparse(node))
+        for file in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare | ast.match_case)
+        and {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
+    ]
+    assert not found
+
+
 def test_tensors_alone_are_unpickled() -> None:
     loads = [(file, call) for file, call in CALLS if name_of(call) == "torch.load"]
     assert loads

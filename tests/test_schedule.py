@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from world import World, small_profile
 
 from shedder_utils import ShedderError, freshness, notebooks, profiles, records, studies
@@ -227,6 +228,30 @@ def test_a_study_without_a_notebook_is_computed_all_the_same(run, world, tmp_pat
     records.path(world.root, "small", "ssm_pruning", "pocket-mamba2", "search").unlink()
     assert run(studies=["ssm_pruning"]) == []
     assert done == [("ssm_pruning", "pocket-mamba2")]
+
+
+def test_released_orders_are_computed_though_no_notebook_shows_them(run, world, tmp_path, monkeypatch):
+    content = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    content["released"] = [{"order": "mamba2-2.7b", "model": "pocket-mamba2", "table": 2, "rows": {16: 16}}]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    done: list[str] = []
+    monkeypatch.setattr(studies, "released_orders", lambda bench: done.append(bench.name))
+    assert run(studies=["released"]) == []
+    assert run(models=["pocket-mamba"]) == ["01_blocks", "02_ssms"]
+    assert done == ["pocket-mamba2"]
+
+
+def test_a_study_that_fails_does_not_keep_the_notebooks_from_running(run, world, tmp_path, monkeypatch):
+    (tmp_path / "notebooks" / "02_ssms.ipynb").unlink()
+    records.path(world.root, "small", "ssm_pruning", "pocket-mamba2", "search").unlink()
+
+    def failing(bench: Any, study: str) -> None:
+        raise ShedderError("nothing was found")
+
+    monkeypatch.setattr(studies, "pruning", failing)
+    with pytest.raises(ShedderError, match="not computed: ssm_pruning, pocket-mamba2: nothing was found"):
+        run()
+    assert (world.root / "notebooks" / "small" / "01_blocks.ipynb").exists()
 
 
 def test_a_notebook_is_fresh_only_for_the_same_profile_and_parameters(run, world, profile, tmp_path):

@@ -133,7 +133,7 @@ def test_an_interrupted_search_goes_on(
 
 
 FORKS = """
-import os, random, signal, time
+import os, random, signal
 from pathlib import Path
 import torch
 from conftest import random_model
@@ -145,26 +145,30 @@ settings = {{"calibration": Calibration(list(ids.split(3))), "progress": False,
             "stages": [Stage("mamba_block", 2), Stage("ssm", 3)]}}
 
 
-def attempt(file, seconds=None):
-    "Search in a process of its own, killed after some seconds; returns whether it ended by itself."
+def attempt(file, last=None):
+    "Search in a process of its own, killed at a layer, by its number in all that run; whether it ended by itself."
     if (child := os.fork()) == 0:
-        search(random_model("mamba2"), checkpoint=file, **settings)
+        model, ran = random_model("mamba2"), []
+
+        def count(*_):
+            ran.append(1)
+            if len(ran) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for layer in model.backbone.layers:
+            layer.register_forward_pre_hook(count)
+        search(model, checkpoint=file, **settings)
+        (folder / "layers").write_text(str(len(ran)))
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == 0
 
 
 folder, random = Path("{folder}"), random.Random(0)
-attempt(folder / "warm")
-started = time.monotonic()
 assert attempt(folder / "whole")
-whole = time.monotonic() - started
+layers = int((folder / "layers").read_text())
 for number in range(10):
     file = folder / f"killed-{{number}}"
-    while attempt(file, random.uniform(0, whole)):
-        file.unlink()
+    assert not attempt(file, random.randint(1, layers))
     print(len(Plan.load(file)) if file.exists() else "nothing", flush=True)
     assert attempt(file)
 """
@@ -191,8 +195,8 @@ SETTINGS = {"calibration": Calibration(list(IDS.split(3)), {"seed": 42}), "stage
         ({"calibration": Calibration(list(IDS.split(3)), {"seed": 43})}, "calibration seed is 42, expected 43"),
         ({"calibration": Calibration(list(IDS[:6].split(3)), {"seed": 42})}, "calibration sequences is 7, expected 6"),
         ({"calibration": Calibration(list((IDS - 1).abs().split(3)), {"seed": 42})}, "calibration fingerprint is "),
-        ({"stages": Stage("ssm", 2)}, "stage 1 steps is 1, expected 2"),
-        ({"stages": [Stage("ssm", 1), Stage("mamba_block", 1)]}, "stages is 1, expected 2"),
+        ({"stages": Stage("ssm", 0)}, "stage 1 steps is 1, expected 0"),
+        ({"stages": [Stage("mamba_block", 1), Stage("ssm", 1)]}, "stages is 1, expected 2"),
         ({"metric": "kl"}, "metric is perplexity, expected kl"),
         ({"one_shot": True}, "one_shot is False, expected True"),
         ({"model": random_model("mamba2")}, "model type is mamba, expected mamba2"),
@@ -208,10 +212,39 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path, change: dict[
     assert settings["checkpoint"].read_bytes() == before
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_the_beginning_of_a_search_serves_another_number_of_steps(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    model, file = random_model("mamba2"), tmp_path / "plan.json"
+    whole = search(model, calibration, Stage("ssm", steps), progress=False)
+    search(model, calibration, Stage("ssm", 4), progress=False, checkpoint=file)
+    Plan.load(file).first(2).save(file)  # stopped before its end
+    advance, made = search_module._Search.advance, []
+    monkeypatch.setattr(search_module._Search, "advance", lambda run, n: made.append(n) or advance(run, n))
+    found = search(model, calibration, Stage("ssm", steps), progress=False, checkpoint=file)
+    assert without_cost(found) == without_cost(whole)
+    assert len(made) == steps - 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "plain"}, {"metric": "kl"}, {"metric": "taylor"}, {"metric": "block_influence"}], ids=str
+)
+def test_a_device_without_enough_memory_is_one_line(calibration: Calibration, options: dict[str, str]) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation.")
+
+    model = random_model("mamba2")
+    model.backbone.layers[1].register_forward_pre_hook(full)
+    with pytest.raises(ModelError, match=r"^out of memory.* \(CUDA out of memory. Tried .*: use a smaller batch size"):
+        search(model, calibration, Stage("ssm", 1), progress=False, **options)
+
+
 @pytest.mark.parametrize(
     ("stages", "options", "complaint"),
     [
         ([Stage("mamba_block", 7)], {}, "7 removals of mamba_block were asked for, the model has 6"),
+        ([Stage(("mamba_block", "ssm"), 7)], {}, "7 removals of mamba_block & ssm were asked for, the model has 6"),
         ([Stage("mha", 1)], {}, "has no 'mha' to remove"),
         ([Stage("ssm", 1)], {"method": "quick"}, "method 'quick' is unknown"),
         ([Stage("ssm", 1)], {"metric": "loss"}, "metric 'loss' is unknown"),

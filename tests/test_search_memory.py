@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import allocated
@@ -50,6 +52,20 @@ def test_the_arithmetic_is_what_a_search_takes(family: str, memory_gib: float) -
     assert kept_bytes(sweep) == expected.kept
     assert (expected.kept > 0) == (memory_gib > 1e-9)
     assert peak + expected.kept + expected.model == pytest.approx(expected.total, rel=0.2)
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_copies_of_mixers_without_some_heads_are_counted(steps: int) -> None:
+    model = random_model(family="mamba2", layers=8, hidden_size=64, seed=0, vocab_size=64)
+    heads = family_of(model).channels(model, "heads")
+    *gone, last = (Cut(Component("heads", layer), heads - 1) for layer in range(8))
+    sweep = Sweep(model, Calibration([torch.zeros(2, 8, dtype=torch.long)]), Perplexity(), 1e-9)
+    with torch.no_grad():
+        peak = allocated(lambda: sweep.values(gone, [last], tqdm(disable=True)))
+    settings = {"sequences": 2, "sequence_length": 8, "batch_size": 2, "memory_gib": 1e-9}
+    whole, narrow = (search_memory(model, [Stage(kind, steps, 1)], **settings) for kind in ("ssm", "heads"))
+    assert whole.copies == 0
+    assert whole.total < peak + whole.model <= narrow.total
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -132,5 +148,10 @@ def test_logits_are_never_there_for_all_tokens(monkeypatch: pytest.MonkeyPatch) 
         assert plans[0].scores == pytest.approx(whole.scores, rel=1e-6)
 
 
-def test_the_default_budget_is_a_part_of_what_is_free() -> None:
-    assert 0 < default_gib(torch.device("cpu")) < 10_000
+@pytest.mark.parametrize(("system", "container"), [(16, 8), (8, math.inf)])
+def test_the_default_budget_is_an_eighth_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, system: float, container: float
+) -> None:
+    for name, gib in (("_free_in_system", system), ("_free_in_container", container)):
+        monkeypatch.setitem(default_gib.__globals__, name, lambda gib=gib: gib * 2**30)
+    assert default_gib(torch.device("cpu")) == 1.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, ModelError
-from .options import Device, Dtype, Model, Tokenizer, finish, loaded, say, weights
+from .options import Device, Dtype, Model, Tokenizer, check_output, finish, loaded, say, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ def evaluate_model(
     size = int(batch_size) if batch_size.isdecimal() else batch_size
     if not names or size == 0 or (isinstance(size, str) and size != "auto"):
         raise DataError(f"tasks {tasks!r}, batch size {batch_size!r}: expected names, and a number from 1 or 'auto'")
+    check_output(output)
     scored, its_tokenizer = loaded(model, device, dtype, tokenizer)
     say(f"evaluating {', '.join(names)}")
     scores: dict[str, dict[str, Any]] = {}
@@ -92,6 +93,7 @@ def benchmark_models(
 
     if len(models) < 2 or len(set(models)) < len(models):
         raise ModelError(f"benchmark: {', '.join(models)}: expected a dense model and others to compare with it")
+    check_output(output)
     timings = benchmark(
         {ref: weights(ref, device, dtype) for ref in models},
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches, batch_size=batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..components import KINDS
-from ..errors import ModelError, PlanError
+from ..errors import ModelError, PlanError, RecordError
 from ..files import write_atomically
 from ..plan import Stage
 
@@ -93,12 +94,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def check_output(file: Path | None) -> None:
+    """Refuse, before any work, a file for results that cannot be written. Raises RecordError."""
+    if file is None:
+        return
+    folder = next(filter(os.path.exists, file.absolute().parents), file)
+    if os.path.isdir(file) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise RecordError(f"output {file} cannot be written: expected a file in a folder that may be written to")
+
+
 def finish(result: dict[str, Any], output: Path | None = None) -> None:
-    """Results, for programs: one line of JSON on stdout, the same in a file if one was asked for."""
+    """Results, for programs: one line of JSON on stdout, then the same in a file if one was asked for."""
     plain = _finite(result)
+    print(json.dumps(plain))
     if output is not None:
         write_atomically(output, json.dumps(plain, indent=2) + "\n")
-    print(json.dumps(plain))
 
 
 def _finite(value: Any) -> Any:

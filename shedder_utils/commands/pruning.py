@@ -11,13 +11,14 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..components import KINDS, PARTS
-from ..errors import PlanError
+from ..errors import BudgetMissedError, ModelError, PlanError
 from ..plan import Plan, Stage
 from . import weighing
 from .measuring import scores_in
-from .options import Device, Dtype, Model, Tokenizer, finish, loaded, say, stages_of, weights
+from .options import Device, Dtype, Model, Tokenizer, check_output, finish, loaded, say, stages_of, weights
 from .weighing import Batches, NewTokens, Per, PromptTokens, Until
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 METRICS = ("perplexity", "kl", "block_influence", "taylor", "magnitude", "random")
 """Those of `search.METRICS`, which is slow to import."""
 
@@ -88,11 +89,14 @@ def search_plan(
     from ..calibration import calibrate
     from ..candidates import removals
     from ..search import search
+    from ..surgery import check_dense
 
+    check_output(output)
     wanted = stages_of(_one_stage(stages, kinds, steps, until))
     device = distributed.start(device)
     try:
         dense, its_tokenizer = loaded(model, device, dtype, tokenizer)
+        check_dense(dense, "search")
         if until and kinds and not steps:
             wanted = [Stage(stage.kinds, removals(dense, stage)) for stage in wanted]
         settings = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed}
@@ -108,13 +112,13 @@ def search_plan(
                 dense, data, wanted, method=method, metric=metric, one_shot=one_shot, memory_gib=memory_gib,
                 checkpoint=part, progress=first, **rules,
             )  # fmt: skip
-        except PlanError:
-            if first:
-                weighing.drop_missed(part)
+        except BudgetMissedError:
+            if first and kinds and not steps:  # it took all that there is: no more steps can go on from it
+                part.unlink(missing_ok=True)
             raise
         if first:
             plan.save(output)
-            part.unlink()
+            part.unlink(missing_ok=True)
             found = {"plan": str(output), "removals": [str(c) for c in plan.components], "scores": plan.scores}
             finish(found | ({"saved": weighing.saved(dense, plan, rules, timing)} if rules else {}))
     finally:
@@ -132,15 +136,22 @@ def extract_model(
     scores: Annotated[
         Path | None, typer.Option(help="For the model card: what `evaluate --output` wrote of this smaller model.")
     ] = None,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
-    dtype: Dtype = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's own.")] = "",
 ) -> None:
     """Take what a plan names out of a model for good, and save what is left as a checkpoint."""
+    from ..loading import load_model
     from ..surgery import extract, save_pruned
 
+    _check_target(folder, model, overwrite)
     wanted = _plan(plan)
     wanted = wanted if first is None else wanted.first(first)
-    pruned = weights(model, device, dtype)
+    if dtype:
+        pruned = weights(model, device, dtype)
+    else:
+        say(f"loading {model}")
+        pruned, _ = load_model(model, device=device, dtype="auto", tokenizer=False)
     before = pruned.num_parameters()
     pruned = extract(pruned, wanted, inplace=True)
     save_pruned(pruned, folder, portable=portable, scores=None if scores is None else scores_in(scores, pruned))
@@ -165,9 +176,12 @@ def recover_model(
     learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest is cut off.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Rows that are never trained on.")] = None,
+    overwrite: Overwrite = False,
     tokenizer: Tokenizer = "",
     device: Device = "cpu",
-    dtype: Dtype = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32; for lora bfloat16 too, and on a GPU the checkpoint's own if none is given.")
+    ] = "",
 ) -> None:
     """Tune a pruned model for a short while; what is not given is as the paper has it for the method.
 
@@ -181,8 +195,10 @@ def recover_model(
         "max_length": max_length, "held_out": held_out,
     }  # fmt: skip
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    part = output.parent / f".{output.name}.part"
+    _check_target(output, folder, overwrite or part.exists())
+    dtype = dtype or ("float32" if method == "full" else "")
     model, its_tokenizer = loaded(folder, device, dtype, tokenizer)
-    part = output.with_name(f".{output.name}.part")
     tuned = recover(model, its_tokenizer, data, method=cast(Any, method), checkpoint=part, inplace=True, **given)
     if hasattr(tuned.config, "pruned"):
         save_pruned(tuned, output)
@@ -202,6 +218,17 @@ def _one_stage(stages: str, kinds: str, steps: int, until: str) -> str:
     if kinds and not steps and not until:
         raise PlanError(f"how much to remove of {kinds}: expected --steps or --until")
     return stages or f"{kinds}: {steps}"
+
+
+def _check_target(folder: Path, base: str, overwrite: bool) -> None:
+    """Refuse, before any work, a place for a model made from `base` that is taken, unless it may be overwritten."""
+    from ..surgery import check_target
+
+    check_target(folder, base)
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file: expected a folder")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ModelError(f"folder {folder} is not empty: choose another, or pass --overwrite")
 
 
 def _plan(file: Path) -> Plan:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import PlanError
 from ..plan import Plan, Stage
+from ..resuming import another_search
 from ..savings import MEASURED, UNITS, Budget, Savings, wanted
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def rules(
 
     begun: the file of a search that was stopped, if it is there; timing: see `component_costs.savings`.
     Raises PlanError, before anything is timed, for an unknown unit, a malformed budget, a metric that cannot be
-    weighed, and stages that ask for more than there is.
+    weighed, stages that ask for more than there is, and a search that was begun with other timing.
     """
     from ..candidates import check_stages
     from ..component_costs import savings
@@ -59,7 +60,7 @@ def rules(
         raise PlanError(f"search metric {metric!r} cannot be weighed against {per}: expected perplexity")
     units = dict.fromkeys(unit for unit in (per, wanted(until)[0] if until else "") if unit)
     check_stages(model, stages)
-    known = on_first(lambda: _begun_with(begun)) if units else {}
+    known = on_first(lambda: _begun_with(begun, timing)) if units else {}
     missing = [unit for unit in units if unit not in known]
     if missing:
         kinds = [kind for stage in stages for kind in stage.kinds]
@@ -68,20 +69,15 @@ def rules(
     return found | ({"until": Budget(text=until, savings=known[wanted(until)[0]])} if until else {})
 
 
-def drop_missed(file: Path) -> None:
-    """Delete a search's checkpoint that has made all its removals and missed its budget: nothing can go on from it."""
-    made = Plan.load(file) if file.exists() else Plan()
-    until = made.provenance.get("until")
-    whole = len(made) == sum(stage.steps for stage in made.stages)
-    if until and whole and not Budget.model_validate(until).reached(made.gone):
-        file.unlink()
-
-
-def _begun_with(file: Path) -> dict[str, Savings]:
-    """The savings by which a search was begun, by unit."""
+def _begun_with(file: Path, timing: dict[str, Any]) -> dict[str, Savings]:
+    """The savings by which a search was begun, by unit. Raises PlanError for those of other timing."""
     made = Plan.load(file).provenance if file.exists() else {}
     found = [Savings.model_validate(made["per"])] if "per" in made else []
     found += [Budget.model_validate(made["until"]).savings] if "until" in made else []
+    for savings in found:
+        for name, value in savings.timing.items():
+            if value != (asked := timing.get(name, value)):
+                raise another_search(file, name, value, asked)
     return {savings.unit: savings for savings in found}
 
 

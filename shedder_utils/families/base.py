@@ -137,6 +137,10 @@ class Family(ABC):
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The layers, in order; a substituted one is its replacement."""
 
+    def read_by(self, model: PreTrainedModel, index: int) -> list[nn.Parameter]:
+        """The parameters that a layer reads: of what it shares with others, not what only these read."""
+        return list(self.layers(model)[index].parameters())
+
     @abstractmethod
     def start(self, model: PreTrainedModel, ids: Tensor) -> Stream:
         """The stream before the first layer, for token ids (B, L) int64."""

@@ -46,6 +46,8 @@ from .zamba2_pruned import (
 )
 
 IN_TRANSFORMER = ("mha", "mlp", "transformer_block", "mlp_channels")
+NO_FLOOR = 1e-30
+"""A step size that none is below; not 0, whose logarithm transformers takes for new models."""
 
 
 class Zamba2(FinerKinds):
@@ -60,8 +62,11 @@ class Zamba2(FinerKinds):
     def prepare(self, model: PreTrainedModel) -> None:
         """Take the floor off the step size, as in Zyphra's own code.
 
-        transformers clamps it to time_step_min over a sequence but not in one-token decoding, which then disagree.
+        transformers clamps it to time_step_min over a sequence but not in one-token decoding, which then disagree. The
+        configuration follows, so that a saved model has the same logits in stock transformers.
         """
+        config: Any = model.config
+        config.time_step_min = NO_FLOOR
         for layer in self.layers(model):
             if not isinstance(decoder := decoder_of(layer), SkippedMamba):
                 decoder.mamba.time_step_limit = (0.0, float("inf"))
@@ -217,6 +222,10 @@ class Zamba2(FinerKinds):
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         return model.model.layers
 
+    def read_by(self, model: PreTrainedModel, index: int) -> list[nn.Parameter]:
+        hybrid = list(model.config.hybrid_layer_ids)
+        return list(_read_at(hybrid.index(index) if index in hybrid else 0, self.layers(model)[index]).values())
+
     def start(self, model: PreTrainedModel, ids: Tensor) -> Stream:
         embedded = model.model.embed_tokens(ids)
         return {"hidden": embedded, "embedded": embedded}
@@ -256,7 +265,7 @@ def _split(mlp: nn.Module, position: int) -> NarrowMLP:
 
 
 def _read_at(position: int, block: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a Transformer block that a hybrid position reads: all but the adapters of other positions."""
+    """The parameters of a Transformer block, or of its layer, that a hybrid position reads: no other one's adapters."""
     return {
         name: parameter
         for name, parameter in block.named_parameters()

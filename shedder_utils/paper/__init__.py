@@ -91,6 +91,17 @@ def plan(name: str) -> Plan:
     return found.model_copy(update={"model": {"ref": models()[model]["hub"]}})
 
 
+def released(name: str, n_removed: int) -> dict[str, float]:
+    """The perplexity ("ppl") and average accuracy that the authors' files give after n removals of an order of theirs.
+
+    Either may be missing. Raises DataError for an order that `plan` does not have.
+    """
+    whole, order = len(plan(name)), _content()["released"][name]
+    given = {column: order.get(column, {}) for column in ("ppl", "average")}
+    by_count = {column: values if isinstance(values, dict) else {whole: values} for column, values in given.items()}
+    return {column: values[n_removed] for column, values in by_count.items() if n_removed in values}
+
+
 @cache
 def rows(table: int) -> tuple[Row, ...]:
     """The rows of a table of numbers, 1 to 12, in the paper's order. Raises DataError for another number."""

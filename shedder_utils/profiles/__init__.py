@@ -21,6 +21,8 @@ from .beyond import CERTAINTY as CERTAINTY
 from .beyond import PARETO as PARETO
 from .beyond import Certainty as Certainty
 from .beyond import Pareto as Pareto
+from .pruning import RELEASED as RELEASED
+from .pruning import ReleasedOrder as ReleasedOrder
 from .pruning import StageSettings as StageSettings
 from .pruning import Strategy as Strategy
 from .pruning import Study as Study
@@ -170,7 +172,8 @@ class Profile(_Settings):
     papers_own_models: whether the models are those of the paper itself, so that a claim can fail on them and not just
     stay unseen. device, dtype: where models run and as what; None takes what `load_model` takes. search_gib: what a
     search may hold beside the model; None leaves it to `search`. threads: of the process that runs the notebooks; None
-    takes what torch takes. beyond, certainty, pareto: what the paper did not ask.
+    takes what torch takes. released: the orders that the authors released, scored without a search. beyond, certainty,
+    pareto: what the paper did not ask.
     """
 
     name: str
@@ -186,6 +189,7 @@ class Profile(_Settings):
     studies: dict[str, Study]
     speed: Speed | None = None
     recovery: Recovery | None = None
+    released: tuple[ReleasedOrder, ...] = ()
     beyond: dict[Name, Strategy] = Field(default_factory=dict)
     certainty: Certainty | None = None
     pareto: Pareto | None = None
@@ -193,7 +197,10 @@ class Profile(_Settings):
     @property
     def study_names(self) -> tuple[str, ...]:
         """All studies of the profile: the pruning studies with what comes before and after them, where it is set."""
-        set_apart = {SPEED: self.speed, RECOVERY: self.recovery, CERTAINTY: self.certainty, PARETO: self.pareto}
+        set_apart = {
+            RELEASED: self.released, SPEED: self.speed, RECOVERY: self.recovery, CERTAINTY: self.certainty,
+            PARETO: self.pareto,
+        }  # fmt: skip
         return (INVENTORY, DENSE, *self.searches, *(name for name, settings in set_apart.items() if settings))
 
     @property
@@ -232,6 +239,9 @@ class Profile(_Settings):
                 if model not in self.models:
                     known = ", ".join(self.models)
                     raise ValueError(f"rows of study {name}: no model {model!r}, expected one of {known}")
+        for one in self.released:
+            if one.model not in self.models or not one.order.startswith(self.models[one.model].paper):
+                raise ValueError(f"released: order {one.order} is not one of a model {one.model!r}")
         for number, table in self.speed.tables.items() if self.speed else ():
             if table.study not in self.studies or table.model not in self.studies[table.study].rows:
                 raise ValueError(f"speed, table {number}: no study {table.study!r} of a model {table.model!r}")

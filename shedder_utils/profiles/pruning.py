@@ -3,12 +3,16 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from .. import paper
 from ..components import KINDS, PARTS
-from ..plan import Stage
+from ..plan import Plan, Stage
 from ..savings import UNITS
 from .strict import Settings
+
+RELEASED = "released"
+"""The name of the study of the orders that the paper's authors released."""
 
 
 class StageSettings(Settings):
@@ -100,4 +104,35 @@ class Strategy(_Search):
         if self.per is not None and self.per not in UNITS:
             raise ValueError(f"per {self.per!r}: expected one of {', '.join(UNITS)}")
         self._check_rows(self.rows)
+        return self
+
+
+class ReleasedOrder(Settings):
+    """A removal order that the paper's authors released, of which a model is scored without a search.
+
+    order: its name (`paper.plans`). table: the table of the paper that it belongs to. rows: after how many removals the
+    model is scored, and the paper's row, if any, by its number of removals, or in table 3 by its ratio. Blocks,
+    attention and MLPs count before MLPs that lose channels, and those before SSMs, each MLP once.
+    """
+
+    order: str
+    model: str
+    table: PositiveInt
+    rows: dict[PositiveInt, float | None] = Field(min_length=1)
+
+    @property
+    def plan(self) -> Plan:
+        """The order."""
+        return paper.plan(self.order)
+
+    def setting(self, n_removed: int) -> str:
+        """The name in records of the scores after n removals."""
+        return f"{self.order}_{n_removed:02d}_removed"
+
+    @model_validator(mode="after")
+    def _check(self) -> "ReleasedOrder":
+        if self.order not in paper.plans():
+            raise ValueError(f"order {self.order!r} is unknown, expected one of {', '.join(paper.plans())}")
+        if max(self.rows) > len(self.plan):
+            raise ValueError(f"rows of {self.order}, {list(self.rows)}: it has {len(self.plan)} removals")
         return self

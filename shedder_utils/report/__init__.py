@@ -22,6 +22,7 @@ from . import (
     pareto,
     recovery,
     recovery_curves,
+    released,
     speed,
     speedups,
     tables,
@@ -35,9 +36,10 @@ __all__ = ["Drawing", "Table", "Verdict", "Verdicts", "build", "figure", "proven
 
 
 BEYOND: dict[int | str, Callable[[Runs, Runs], Table]] = {
-    "strategies": beyond.strategies, "joint": beyond.joint, "certainty": certainty.orders, "spread": certainty.spread
+    "strategies": beyond.strategies, "joint": beyond.joint, "certainty": certainty.orders, "spread": certainty.spread,
+    "released": released.table,
 }  # fmt: skip
-"""The tables of what the paper did not ask."""
+"""The tables of what the paper did not ask, and of the orders that its authors released."""
 
 
 def table(
@@ -50,7 +52,8 @@ def table(
 
     6 to 9 (speed of pruned models) likewise, and further ones of the profile by name; "freed" is what removal frees of
     each of them. 10 to 12: recovery tuning. Table 13 has the paper's hyperparameters and the profile's. Beyond the
-    paper: "strategies", "joint" (search), "certainty" (of an order) and "spread" (of what is left).
+    paper: "strategies", "joint" (search), "certainty" (of an order) and "spread" (of what is left); "released": the
+    authors' own orders.
 
     Raises DataError for a table that the profile's studies do not fill.
     """
@@ -122,6 +125,7 @@ def build(
 
 
 def _beyond(profile: Profile) -> list[str]:
-    """The tables beyond the paper that a profile fills."""
+    """Which of `BEYOND` a profile fills."""
     on_strategies = ["strategies", "joint"] if profile.pareto else []
-    return on_strategies + (["certainty", "spread"] if profile.certainty else [])
+    on_orders = ["certainty", "spread"] if profile.certainty else []
+    return on_strategies + on_orders + (["released"] if profile.released else [])

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..profiles import Profile
 from ..records import Metric, Record
-from .rendering import DASH, markdown, place, save, sidecar
+from .rendering import DASH, markdown, place, save, scored_with, sidecar
 from .runs import error_of, error_of_sum
 
 Z95 = 1.96
@@ -117,7 +117,8 @@ class Verdicts:
             "nor close deviates, if the models are the paper's own; others cannot refute the paper, so it is not shown "
             "at this scale. Two counts: of the two states, in the order in which they are named."
         )
-        return f"**{self.title}**\n\n{markdown(header, rows)}\n{note}\n"
+        scored = scored_with(yours=[record for item in self.items for record in item.records])
+        return f"**{self.title}**\n\n{markdown(header, rows)}\n{note}{scored}\n"
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()

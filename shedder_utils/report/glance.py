@@ -18,6 +18,7 @@ from . import claims as tests
 from . import recovery, speed, tables
 from .counterparts import absent, absent_models, words
 from .evidence import Advantage, Verdict
+from .released import table as released_orders
 from .rendering import DASH, Table
 from .runs import Runs
 
@@ -34,7 +35,9 @@ def claims(profile: str | Path | Profile, root: str | Path = "runs", recorded: s
         "Verdict: recorded, and yours where it is another. Minutes: what the runs behind it took, searches included."
     )
     frame = pd.DataFrame(rows, columns=header)
-    return Table("claims_at_a_glance", f"Claims at a glance ({settings.title})", note, header, rows, frame)
+    own, others = (tuple(record for item in items for record in item.records) for items in (ours, theirs))
+    title = f"Claims at a glance ({settings.title})"
+    return Table("claims_at_a_glance", title, note, header, rows, frame, own, others)
 
 
 def _claim(theirs: Verdict, ours: Verdict) -> tuple[str, ...]:
@@ -89,7 +92,16 @@ def averages(profile: str | Path | Profile, root: str | Path = "runs", recorded:
     )  # fmt: skip
     header = ("Table", "Model", "Removed", "Count", "Paper", "Recorded", "Yours", "Difference", "Verdict")
     note = f"Points. The paper's models are other ones unless the profile says so. {DASH}: not reported, not run."
-    return Table("averages", f"Average accuracy at a glance ({settings.title})", note, header, rows, frame)
+    title = f"Average accuracy at a glance ({settings.title})"
+    return Table("averages", title, note, header, rows, frame, yours.given, theirs.given)
+
+
+def released(
+    profile: str | Path | Profile, root: str | Path = "runs", recorded: str | Path = "results"
+) -> Table | None:
+    """The orders that the paper's authors released, their numbers beside yours; None where the profile scores none."""
+    settings = profiles.load(profile)
+    return released_orders(Runs(settings, root), Runs(settings, recorded)) if settings.released else None
 
 
 def costs(profile: str | Path | Profile, root: str | Path = "runs", recorded: str | Path = "results") -> Table:

@@ -42,14 +42,18 @@ class Table:
     records: tuple[Record, ...] = field(default=(), repr=False)  # a notebook keeps the repr
     recorded: tuple[Record, ...] = field(default=(), repr=False)
 
+    @property
+    def _below(self) -> str:
+        return f"{self.note}{scored_with(recorded=self.recorded, yours=self.records)}"
+
     def to_markdown(self) -> str:
-        """Title, table and note."""
-        return f"**{self.title}**\n\n{markdown(self.header, self.rows)}\n{self.note}\n"
+        """Title, table and note, with the version that scored."""
+        return f"**{self.title}**\n\n{markdown(self.header, self.rows)}\n{self._below}\n"
 
     def to_latex(self) -> str:
         """A `table*` as wide as the page; LaTeX numbers it itself."""
         head, *body = [" & ".join(map(escape_latex, row)) + r" \\" for row in (self.header, *self.rows)]
-        title, note = escape_latex(self.title.split(". ", 1)[-1]), escape_latex(self.note)
+        title, note = escape_latex(self.title.split(". ", 1)[-1]), escape_latex(self._below)
         lines = [
             r"% needs \usepackage{booktabs,graphicx}", r"\begin{table*}", rf"\caption{{{title}}}",
             r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(self.header)}}}", r"\toprule",
@@ -96,6 +100,22 @@ def _source(record: Record) -> dict[str, str]:
 def place(record: Record) -> str:
     """Where a record lies under its root."""
     return records.path("", record.profile, record.study, record.model.name, record.setting).as_posix()
+
+
+def scored_with(**found: Iterable[Record]) -> str:
+    """The version of lm-eval behind the scores among some records, as a sentence to go on with; empty without scores.
+
+    found: records by whose they are, which is said where the versions differ.
+    """
+    scored = {whose: [record for record in shown if "tasks" in record.data] for whose, shown in found.items()}
+    versions = {
+        whose: " and ".join(sorted({f"{record.environment.lm_eval}" for record in shown}))
+        for whose, shown in scored.items()
+        if shown
+    }
+    if len(set(versions.values())) > 1:
+        versions = {whose: f"{version} ({whose})" for whose, version in versions.items()}
+    return f" Scored with lm-eval {', '.join(dict.fromkeys(versions.values()))}." if versions else ""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

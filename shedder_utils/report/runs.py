@@ -13,7 +13,7 @@ from .. import records
 from ..errors import PlanError, RecordError
 from ..files import in_project
 from ..plan import Plan
-from ..profiles import SEARCH, Profile
+from ..profiles import RELEASED, SEARCH, Profile, ReleasedOrder
 from ..records import Metric, Record
 from ..statistics import paired_error
 
@@ -108,6 +108,14 @@ class Runs:
         """
         record = self.evaluated(study, model, n_removed)
         return {} if record is None else by_column(record, self.profile)
+
+    def released(self, order: ReleasedOrder, n_removed: int) -> dict[str, Metric]:
+        """The scores by column after the first n removals of a released order; those of other removals do not count."""
+        record = self._records.get((RELEASED, order.model, order.setting(n_removed)))
+        if record is None or record.model.removals != tuple(map(str, order.plan.first(n_removed).gone)):
+            return {}
+        self._give(record)
+        return by_column(record, self.profile)
 
     def dense(self, model: str) -> dict[str, Metric]:
         """The scores of the dense model."""
