@@ -69,7 +69,7 @@ def run(
     print(*schedule.lines(), sep="\n", file=sys.stderr)
     parameters = {"profile": profile, "models": ",".join(models), "output": str(output)}
     with choosing(models, what):
-        failed = _compute(unshown, schedule, output)
+        failed = _compute(unshown, schedule, output) if unshown else []
         failures = _execute_stale(chosen, schedule, parameters)
     built = report.build(profile, output)
     if failures:

@@ -208,7 +208,13 @@ def test_a_mistake_is_one_line(tiny: Path, plan: Path, arguments: list[str], mes
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("command", [["evaluate", "TINY", "--tasks", "pocket_piqa"], ["benchmark", "TINY", "other"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "TINY", "--tasks", "pocket_piqa"], ["benchmark", "TINY", "other"],
+        ["search", "TINY", "--kinds", "ssm", "--steps", "1", *TEXT],
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("output", [".", "/", "FOLDER", "FOLDER/file/scores.json"])
 def test_results_need_a_place_before_a_model_is_loaded(
     tiny: Path, tmp_path: Path, command: list[str], output: str
