@@ -10,6 +10,7 @@ import functools
 import math
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -34,11 +35,17 @@ def keep_freed_memory() -> bool:
 
 
 def room_beside_the_heap(like: Tensor, rows: int) -> Tensor:
-    """An unfilled tensor of so many rows like those of another; on a CPU in memory of its own, returned with it."""
+    """An unfilled tensor of so many rows like those of another; on a CPU in memory of its own, returned with it.
+
+    Linux is asked for huge pages: to fault in small ones takes as long as to copy into them.
+    """
     shape = (rows, *like.shape[1:])
     if like.device.type != "cpu" or not math.prod(shape):
         return like.new_empty(shape)
     place = mmap.mmap(-1, math.prod(shape) * like.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            place.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(place, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
