@@ -1,6 +1,6 @@
 """The models: the real ids, architectures, depths, file formats and special tokens, a few units wide and untrained.
 
-Zamba2 keeps its 10,240 MLP channels, so that a search removes them in the paper's groups.
+Zamba2 keeps 4,096 of its 10,240 MLP channels, so that a search removes them in the paper's groups of 1,024.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def zamba2(folder: Path) -> None:
     config = Zamba2Config(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=54, num_mem_blocks=2, adapter_rank=4,
         layers_block_type=["hybrid" if index in hybrid else "linear_attention" for index in range(54)],
-        use_shared_attention_adapter=False, intermediate_size=10240, num_attention_heads=4, num_key_value_heads=4,
+        use_shared_attention_adapter=False, intermediate_size=4096, num_attention_heads=4, num_key_value_heads=4,
         mamba_expand=2, mamba_d_state=64, mamba_headdim=64, n_mamba_heads=1, mamba_ngroups=1, use_mem_rope=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
