@@ -122,8 +122,8 @@ def falcon_mamba(folder: Path) -> None:
 def hymba(folder: Path) -> None:
     """One safetensors file beside code of its own, which must not run: importing it ends the process."""
     config = HymbaConfig(
-        vocab_size=VOCABULARY + 1, hidden_size=100, num_hidden_layers=32, intermediate_size=344, num_memory_tokens=128,
-        sliding_window=1024,
+        vocab_size=VOCABULARY + 1, hidden_size=80, num_hidden_layers=32, num_attention_heads=10, num_key_value_heads=2,
+        intermediate_size=276, num_memory_tokens=128, sliding_window=1024,
     )  # fmt: skip
     _random(config, seed=4).bfloat16().save_pretrained(folder)
     published = json.loads((folder / "config.json").read_text()) | {
@@ -131,8 +131,8 @@ def hymba(folder: Path) -> None:
             "AutoConfig": "configuration_hymba.HymbaConfig",
             "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
         },
-        "attn_implementation": "flex", "attn_implementation_new": "flex", "conv_dim": {str(i): 200 for i in range(32)},
-        "layer_type": ["h"] * 32, "v_head_dim": 8, "kq_head_dim": -1, "num_mamba": 1, "kq_norm": "none",
+        "attn_implementation": "flex", "attn_implementation_new": "flex", "conv_dim": {str(i): 160 for i in range(32)},
+        "layer_type": ["h"] * 32, "v_head_dim": 16, "kq_head_dim": -1, "num_mamba": 1, "kq_norm": "none",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(published))
     for module in ("configuration_hymba", "modeling_hymba"):
