@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -104,7 +105,10 @@ def _unshown(profile: Profile, studies: Sequence[str]) -> list[str]:
 
 
 def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> list[str]:
-    """Compute what is left of some studies, and return how some failed: that keeps no other from being computed."""
+    """Compute what is left of some studies, and return how some failed: that keeps no other from being computed.
+
+    Of what is no error of ours the traceback is shown.
+    """
     import torch
 
     from .studies import pruning, released_orders
@@ -117,9 +121,11 @@ def _compute(names: Sequence[str], schedule: Schedule, output: str | Path) -> li
             if left & set(steps(profile, [model], [name])):
                 try:
                     compute(Workbench(profile, model, output))
-                except ShedderError as error:
+                except Exception as error:
+                    if not isinstance(error, ShedderError):
+                        traceback.print_exc()
                     print(f"error: {error}", file=sys.stderr, flush=True)
-                    failures.append(f"{name}, {model}: {error}")
+                    failures.append(f"{name}, {model}: {str(error) or type(error).__name__}")
     gc.collect()
     torch.cuda.empty_cache()  # the notebooks run in another process, which needs the memory of the GPU
     return failures

@@ -241,12 +241,13 @@ def test_released_orders_are_computed_though_no_notebook_shows_them(run, world, 
     assert done == ["pocket-mamba2"]
 
 
-def test_a_study_that_fails_does_not_keep_the_notebooks_from_running(run, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ShedderError("nothing was found"), AssertionError("nothing was found")])
+def test_a_study_that_fails_does_not_keep_the_notebooks_from_running(run, world, tmp_path, monkeypatch, error):
     (tmp_path / "notebooks" / "02_ssms.ipynb").unlink()
     records.path(world.root, "small", "ssm_pruning", "pocket-mamba2", "search").unlink()
 
     def failing(bench: Any, study: str) -> None:
-        raise ShedderError("nothing was found")
+        raise error
 
     monkeypatch.setattr(studies, "pruning", failing)
     with pytest.raises(ShedderError, match="not computed: ssm_pruning, pocket-mamba2: nothing was found"):

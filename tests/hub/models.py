@@ -170,16 +170,13 @@ def byte_level(special: list[str], size: int) -> Tokenizer:
 
 
 def llama_tokenizer(folder: Path, *, padding: bool = False) -> None:
-    """Llama's: <unk> 0, <s> 1 before every text, </s> 2, bytes, pieces that begin with a space; padding: [PAD] last.
-
-    Its pieces may be of several words, where the real one's are of one: hybrids take long for a token.
-    """
+    """Llama's: <unk> 0, <s> 1 before every text, </s> 2, bytes, pieces that begin with a space; padding: [PAD] last."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.train_from_iterator(
-        corpus(),
+        (word for text in corpus() for word in text.split(" ")),
         trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=pieces, show_progress=False),
     )
     content = json.loads(tokenizer.to_str())
