@@ -12,7 +12,6 @@ from pathlib import Path
 from .. import profiles
 from ..files import ROOT, write_atomically
 from . import glance
-from .evidence import Z95
 from .rendering import DASH, markdown
 from .runs import Runs, error_of
 
@@ -50,10 +49,10 @@ def models(profile: str, recorded: str | Path) -> str:
     for name, settings in runs.profile.models.items():
         record, average = runs.at("dense", name, "scores"), runs.dense(name).get("average")
         size = f"{record.model.parameters_dense / 1e6:.1f} M" if record else DASH
-        known = f"{average.value:.1f} ± {Z95 * error_of(average):.1f}" if average else DASH
+        known = f"{average.value:.1f} ± {error_of(average):.1f}" if average else DASH
         tasks, guessing = len(runs.profile.accuracies_of(name)), f"{100 * runs.profile.chance_of(name):.0f}"
         rows.append((f"`{name}`", settings.paper, size, f"{tasks}", known, guessing))
-    header = ("Model", "Stands for", "Parameters", "Tasks", "Average accuracy, %", "Guessing, %")
+    header = ("Model", "Stands for", "Parameters", "Tasks", "Average accuracy, % ± standard error", "Guessing, %")
     return markdown(header, rows).strip()
 
 
