@@ -176,7 +176,9 @@ def errata() -> Table:
         "The numbers of the paper stand in every table here as it prints them, but for the 15.8 of table 1, which has "
         "the two decimals of its column, and the totals of errata 3 and 4, which are corrected."
     )
-    return Table("errata", "Where the paper disagrees with itself or with its release", note, header, rows, pd.DataFrame(rows))
+    return Table(
+        "errata", "Where the paper disagrees with itself or with its release", note, header, rows, pd.DataFrame(rows)
+    )
 
 
 def compared_profiles() -> Table:
