@@ -19,6 +19,7 @@ import lm_eval.tasks
 import pytest
 import transformers.utils.hub
 import yaml
+from hub import __main__ as rehearsal
 from hub.__main__ import derived, passes_amiss
 from hub.models import FALCON_WORDS, NATIVE, VOCABULARY, build_models
 from hub.server import Hub
@@ -340,6 +341,23 @@ def test_the_rehearsal_differs_in_limit_and_device_only(tmp_path: Path) -> None:
     changed = {"device": "cpu", "dtype": "float32"}
     limited = theirs.evaluation.model_copy(update={"limit": 2})
     assert ours == theirs.model_copy(update={**changed, "evaluation": limited})
+
+
+@pytest.mark.parametrize("problems", [[], ["dense/mamba-2.8b/scores is not recorded"]])
+def test_a_rehearsal_that_went_wrong_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: list[str]
+) -> None:
+    def rehearsed(folder: Path, **_: Any) -> list[str]:
+        (folder / "runs").mkdir(parents=True)
+        return problems
+
+    monkeypatch.setattr(rehearsal, "ROOT", tmp_path)
+    monkeypatch.setattr(rehearsal, "rehearse", rehearsed)
+    monkeypatch.setattr(sys, "argv", ["hub", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        rehearsal.main()
+    assert ended.value.code == bool(problems)
+    assert (tmp_path / "runs" / "rehearsal-quick" / "runs").exists() == bool(problems)
 
 
 @pytest.mark.parametrize("more", [0, -1, 1])

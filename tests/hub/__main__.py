@@ -2,16 +2,17 @@
 
 What differs from `make reproduce PROFILE=paper` is a copy of the profile with a limit on items and the CPU as device,
 on which float16 would be slow, and two variables of the environment: HF_ENDPOINT, and HF_HOME for an empty cache. With
---quick also calibration and prose are short, and then it takes a quarter of an hour rather than hours.
+--quick also calibration and prose are short, and then it takes an hour rather than many. What was stopped, or went
+wrong, lies in `runs/` and is gone on from; what went well is deleted.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 
 from shedder_utils import Plan, notebooks, profiles, records
 from shedder_utils.cost_plan import CostPlan
+from shedder_utils.files import ROOT
 from shedder_utils.schedule import Schedule, duration
 
 from .models import build_models
@@ -40,8 +42,10 @@ def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 
     models, studies: only these of the profile, separated by commas. limit: items per task. quick: with short texts.
     """
     if not (folder / "files").exists():
-        build_models(folder / "files")
-        build_data(folder / "files")
+        shutil.rmtree(folder / "half-built", ignore_errors=True)
+        build_models(folder / "half-built")
+        build_data(folder / "half-built")
+        (folder / "half-built").rename(folder / "files")
     profile, chosen = derived(folder / "paper.yaml", limit, quick), ["--models", models, "--studies", studies]
     problems = []
     with Hub(folder / "files") as hub:
@@ -119,15 +123,17 @@ def main() -> None:
     parser.add_argument("--models", default="")
     parser.add_argument("--studies", default="")
     parser.add_argument("--limit", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="with a few short texts to calibrate on: minutes")
-    parser.add_argument("--folder", type=Path, help="keep everything here, and go on from it")
+    parser.add_argument("--quick", action="store_true", help="with a few short texts to calibrate on")
+    parser.add_argument("--folder", type=Path, help="work here, and keep everything in the end")
     options = parser.parse_args()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
-        folder = options.folder or Path(temporary)
-        problems = rehearse(
-            folder, models=options.models, studies=options.studies, limit=options.limit, quick=options.quick
-        )
+    folder = options.folder or ROOT / "runs" / ("rehearsal-quick" if options.quick else "rehearsal")
+    print(f"rehearsal: {'goes on' if folder.exists() else 'begins'} in {folder}", flush=True)
+    problems = rehearse(
+        folder, models=options.models, studies=options.studies, limit=options.limit, quick=options.quick
+    )
+    if not problems and options.folder is None:
+        shutil.rmtree(folder)
     print(f"rehearsal: {duration(time.perf_counter() - started)}", *(problems or ["nothing went wrong"]), sep="\n")
     sys.exit(bool(problems))
 
