@@ -21,7 +21,7 @@ import transformers.utils.hub
 import yaml
 from hub import __main__ as rehearsal
 from hub.__main__ import derived, passes_amiss
-from hub.models import FALCON_WORDS, NATIVE, VOCABULARY, build_models
+from hub.models import FALCON_WORDS, NATIVE, NEOX_VOCABULARY, VOCABULARY, build_models
 from hub.server import Hub
 from hub.texts import build_data
 from lm_eval.tasks import TaskManager
@@ -145,8 +145,8 @@ def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
     found = {ref: loaded(ref)[1] for ref in FORMATS}
     neox, llama = found["state-spaces/mamba-2.8b"], found["nvidia/Hymba-1.5B-Base"]
     falcon = found["tiiuae/falcon-mamba-7b"]
-    assert (neox.eos_token_id, neox("Anna").input_ids[0] > 1, len(neox)) == (0, True, VOCABULARY)
-    assert neox(" " * 24).input_ids == [VOCABULARY - 23]
+    assert (neox.eos_token_id, neox("Anna").input_ids[0] > 1, len(neox)) == (0, True, NEOX_VOCABULARY)
+    assert neox(" " * 24).input_ids == [NEOX_VOCABULARY - 23]
     assert (falcon.eos_token, falcon.eos_token_id) == ("<|endoftext|>", len(FALCON_WORDS.split()))
     assert llama("Anna").input_ids[0] == llama.bos_token_id == 1
     assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", VOCABULARY, "left")
@@ -159,7 +159,7 @@ def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
 
 def test_a_vocabulary_is_padded_and_a_revision_is_a_commit(whole_hub: Hub) -> None:
     model = load("state-spaces/mamba2-2.7b")
-    assert model.get_input_embeddings().weight.shape[0] == 512 > NATIVE["state-spaces/mamba2-2.7b"]["vocab_size"]
+    assert model.get_input_embeddings().weight.shape[0] == 352 > NATIVE["state-spaces/mamba2-2.7b"]["vocab_size"]
     commit = "0123456789abcdef0123456789abcdef01234567"
     again = load_model("state-spaces/mamba2-2.7b", tokenizer=False, revision=commit)[0]
     assert again.config._commit_hash == commit

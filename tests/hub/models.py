@@ -27,20 +27,21 @@ from shedder_utils.hymba import HymbaConfig
 from .texts import corpus
 
 WIDTH = 32
-VOCABULARY = 509
-"""Tokens of each tokenizer. Not a multiple of what mamba_ssm pads to, as the real 50,277 is not."""
+VOCABULARY, NEOX_VOCABULARY = 509, 341
+"""Tokens of each tokenizer. Not multiples of what mamba_ssm pads to, as the real 50,277 is not. GPT-NeoX's is the
+smaller one, so that it has more tokens for a text: a study of Mamba-2 needs most, and the hybrids take longest."""
 SPREAD = 0.2
 """Standard deviation of random weights: with transformers' 0.02 SSMs this narrow change nothing, and searches tie."""
 FALCON_WORDS = "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE"
 NATIVE: dict[str, dict[str, Any]] = {
     "state-spaces/mamba-2.8b": {
-        "d_model": WIDTH, "n_layer": 64, "vocab_size": VOCABULARY, "ssm_cfg": {}, "rms_norm": True,
+        "d_model": WIDTH, "n_layer": 64, "vocab_size": NEOX_VOCABULARY, "ssm_cfg": {}, "rms_norm": True,
         "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8,
     },
     "state-spaces/mamba2-2.7b": {
-        "d_model": WIDTH, "d_intermediate": 0, "n_layer": 64, "vocab_size": VOCABULARY, "ssm_cfg": {"layer": "Mamba2"},
-        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
-        "pad_vocab_size_multiple": 16, "tie_embeddings": True,
+        "d_model": WIDTH, "d_intermediate": 0, "n_layer": 64, "vocab_size": NEOX_VOCABULARY,
+        "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True,
     },
 }  # fmt: skip
 RELEASED = {
@@ -150,7 +151,7 @@ def _random(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 def neox_tokenizer(folder: Path) -> None:
     """GPT-NeoX's: <|endoftext|> 0, <|padding|> 1, and runs of 24 to 2 spaces at the end."""
     spaces = [" " * n for n in range(24, 1, -1)]
-    tokenizer = byte_level(["<|endoftext|>", "<|padding|>"], VOCABULARY - len(spaces))
+    tokenizer = byte_level(["<|endoftext|>", "<|padding|>"], NEOX_VOCABULARY - len(spaces))
     tokenizer.add_tokens(spaces)
     end = "<|endoftext|>"
     _save(tokenizer, folder, tokenizer_class="GPTNeoXTokenizer", bos_token=end, eos_token=end, unk_token=end)

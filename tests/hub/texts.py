@@ -26,8 +26,8 @@ def sentence(rng: random.Random) -> str:
 
 
 def some(rng: random.Random) -> str:
-    """Nearly as much text as a row of the real instructions or prose has: a study's draws need it."""
-    return " ".join(sentence(rng) for _ in range(rng.randint(5, 8)))
+    """As little text as a study's draws need."""
+    return " ".join(sentence(rng) for _ in range(rng.randint(2, 4)))
 
 
 def instruction(rng: random.Random) -> Row:
@@ -41,7 +41,7 @@ def cleaned_instruction(rng: random.Random) -> Row:
 
 
 def prose(rng: random.Random) -> Row:
-    return {"text": rng.choice(("", " = Title = \n", f" {some(rng)} \n"))}
+    return {"text": rng.choice(("", " = Title = \n", f" {some(rng)} {some(rng)} {some(rng)} \n"))}
 
 
 def passage(rng: random.Random) -> Row:
