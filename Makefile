@@ -35,7 +35,7 @@ setup-gpu: $(READY)  ## add the GPU kernels of requirements/gpu.txt to it (needs
 	  || { echo "nvcc is missing: install the CUDA toolkit that torch was built with, or set CUDA_HOME to it"; exit 1; }
 	@$(BIN)/python -c "import causal_conv1d, mamba_ssm" 2> /dev/null \
 	  || $(BIN)/pip uninstall -qq --yes causal-conv1d mamba-ssm
-	@$(BIN)/pip install --no-cache-dir --no-build-isolation -r requirements/gpu.txt -c requirements/cpu.txt
+	@$(BIN)/pip install --no-cache-dir --no-build-isolation --no-deps -r requirements/gpu.txt -c requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 
 plan: $(READY)  ## say what a profile downloads, computes and holds in memory, and how long it takes

@@ -199,7 +199,9 @@ class _Pricing:
         self.model.to(getattr(torch, profile.dtype or "float32"))
         self.number_bytes = self.model.dtype.itemsize
         self.weights = float(self.model.num_parameters() * self.number_bytes)
-        self.search_gib = profile.search_gib or default_gib(torch.device("cpu"))
+        self.search_gib = profile.search_gib or default_gib(
+            torch.device(profile.device if torch.cuda.is_available() else "cpu")
+        )
 
     @property
     def tokens(self) -> int:
@@ -287,7 +289,7 @@ class _Pricing:
         return Job(study, self.name, TIMED, 0, 0.0, 0.0, compared * self.weights / GIB)
 
     def recovery(self, count: int) -> Job:
-        """So many tunings, forward and twice as much backward, in float32."""
+        """So many tunings, forward and twice as much backward, in float32, of a copy of the model."""
         tables = self.profile.recovery.tables.values() if self.profile.recovery else ()
         recipe = next(table.recipe for table in tables if table.model == self.name)
         work = work_per_token(self.model, recipe.max_length)
@@ -299,7 +301,7 @@ class _Pricing:
         moved = count * tokens / batch * 3 * (kept + states * 4 * self.model.num_parameters())
         return Job(
             RECOVERY, self.name, "tuning" if count == 1 else f"{count} tunings", 0, 3 * count * tokens * work.whole,
-            moved, (states * 4 * self.model.num_parameters() + kept) / GIB, single=True,
+            moved, (self.weights + states * 4 * self.model.num_parameters() + kept) / GIB, single=True,
             checkpoints_gb=CHECKPOINT_BYTES * trained_parameters(self.model, recipe) / 1e9,
         )  # fmt: skip
 

@@ -70,11 +70,17 @@ def _scan(on_gpu: bool) -> Finding:
 
 
 def _launch_error() -> str | None:
-    """What the smallest launch fails with, in one line, or None; both packages are built for the same GPUs."""
+    """What the smallest launches fail with, in one line, or None.
+
+    One is of CUDA's, built for certain GPUs, as both packages are; one is of Triton's, which wants a compiler here.
+    """
     try:
         ones = torch.ones(1, 8, 4, device="cuda")
         import_module("causal_conv1d").causal_conv1d_fn(ones, ones[0]).sum().item()
-    except RuntimeError as error:
+        x, state = ones[..., 0], ones.new_ones(1, 8, 16)
+        update = import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+        update(state, x, x, -state[0], state[:, 0], state[:, 0], D=x[0], dt_bias=x[0]).sum().item()
+    except Exception as error:  # Triton raises many kinds
         return str(error).split("\n")[0]
     return None
 

@@ -170,6 +170,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: As
     Raises ProfileError for a parameter that it does not have, NotebookError with the last line of what went wrong.
     """
     import papermill
+    from jupyter_core.utils import run_sync
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -196,6 +197,8 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: As
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
+        if kernel is not None:  # what failed stays in its memory, and a GPU's; after an error of CUDA nothing runs
+            run_sync(kernel.restart_kernel)(now=True)
         raise NotebookError(
             f"{notebook.name}, cell {error.exec_count}", f"{error.ename}: {error.evalue}", target
         ) from error

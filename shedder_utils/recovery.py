@@ -63,7 +63,7 @@ def recover(
     recipe = Recipe.of(method=method, **settings)
     _check(model, recipe, distill, merge)
     rows = instructions(data, tokenizer, max_length=recipe.max_length, held_out=recipe.held_out, seed=recipe.seed)
-    with _folder(checkpoint) as folder, _own_randomness(recipe.seed):
+    with _folder(checkpoint) as folder, _own_randomness(recipe.seed, model.device):
         if checkpoint is not None:
             _check_same(folder, _identity(model, recipe, rows, distill))
         tuned = model if inplace else copy.deepcopy(model)
@@ -115,6 +115,15 @@ def _check(model: PreTrainedModel, recipe: Recipe, distill: PreTrainedModel | No
     if model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and recipe.method == "full"):
         found = str(model.dtype).removeprefix("torch.")
         raise ModelError(f"recover: the weights are {found}, too coarse to train: load with dtype=torch.float32")
+    if model.device.index:
+        raise ModelError(
+            f"recover: the model is on {model.device}, and transformers' Trainer takes the first GPU that it sees: set "
+            f"CUDA_VISIBLE_DEVICES={model.device.index} and load on cuda"
+        )
+    if distill is not None and distill.device != model.device:
+        raise ModelError(
+            f"recover: the model to distil from is on {distill.device}, this one on {model.device}: load both on one"
+        )
     if distill is not None and distill.config.vocab_size != model.config.vocab_size:
         raise ModelError(
             f"recover: the model to distil from has {distill.config.vocab_size} tokens, this one "
@@ -166,11 +175,11 @@ def _folder(checkpoint: str | Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside; outside they go on as if nothing had been drawn."""
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` inside, on the CPU and a device; outside they go on as if nothing had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:

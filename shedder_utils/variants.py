@@ -65,7 +65,8 @@ def set_aside(variants: dict[T, Variant]) -> dict[T, Variant]:
     streams = [variant.stream for variant in variants.values()]
     rows, kept = len(streams[0]["hidden"]), {}
     for name in _names(streams):
-        room = room_beside_the_heap(streams[0][name], rows * len(streams))
+        widest = max((stream[name] for stream in streams), key=lambda tensor: tensor.itemsize)
+        room = room_beside_the_heap(widest, rows * len(streams))
         kept[name] = torch.cat([stream[name] for stream in streams], out=room)
     return {
         owner: Variant(_rows(kept, place * rows, rows), variant.runs)

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from shedder_utils import devices, doctor, kernels, profiles
 
@@ -86,16 +87,33 @@ def test_a_gpu_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("_on_a_v100")
-def test_kernels_that_were_built_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def test_kernels_that_were_built_for_other_gpus_or_have_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(
+        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, dt_bias: Tensor
+    ) -> Tensor:
+        rows, width, size = state.shape
+        assert x.shape == dt.shape == (rows, width)
+        assert A.shape == (width, size)
+        assert B.shape == C.shape == (rows, size)
+        assert D.shape == dt_bias.shape == (width,)
+        if not has_compiler:
+            raise FileNotFoundError("no C compiler was found")
+        return x
+
+    triton = SimpleNamespace(selective_state_update=update)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.selective_state_update", triton)
+
+    def convolution(x: Tensor, weight: Tensor) -> Tensor:
         assert (x.shape[1], 4) == weight.shape  # (B, E, L) and (E, width)
         if built_for_others:
             raise RuntimeError(f"{NO_CODE}\nand more lines")
         return x
 
     sys.modules["causal_conv1d"].__dict__["causal_conv1d_fn"] = convolution
-    built_for_others = False
+    built_for_others, has_compiler = False, True
     assert doctor._scan(on_gpu=True) == doctor.Finding("scan", "mamba_ssm")
+    has_compiler = False
+    assert doctor._scan(on_gpu=True).found == "mamba_ssm, which fails here: no C compiler was found"
     built_for_others = True
     failing = doctor._scan(on_gpu=True)
     assert failing.found == f"mamba_ssm, which fails here: {NO_CODE}"

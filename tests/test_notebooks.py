@@ -134,14 +134,22 @@ def test_a_notebook_that_fails_says_where_and_why(tmp_path: Path) -> None:
     assert str(caught.value).startswith("one.ipynb, cell 1: ZeroDivisionError: division by zero; see ")
 
 
-def test_a_process_that_is_killed_ends_its_notebook_but_not_the_next(tmp_path: Path) -> None:
-    for name, source in {"killed": "import os; os._exit(9)", "next": "'run'"}.items():
+@pytest.mark.parametrize(
+    ("end", "complaint"),
+    [
+        ("import os; os._exit(9)", r"^failing\.ipynb: its Python process ended: .* memory; see "),
+        ("1 / 0", r"^failing\.ipynb, cell 1: ZeroDivisionError: division by zero; see "),
+    ],
+)
+def test_after_a_notebook_that_failed_the_next_has_a_new_process(tmp_path: Path, end: str, complaint: str) -> None:
+    for name, source in {"failing": f"import wave; {end}", "next": "import sys; 'wave' in sys.modules"}.items():
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path / f"{name}.ipynb")
     with notebooks._kernel() as kernel:
-        with pytest.raises(notebooks.NotebookError, match=r"^killed\.ipynb: its Python process ended: .* memory; see "):
-            notebooks.execute(tmp_path / "killed.ipynb", tmp_path / "executed.ipynb", {}, kernel)
+        with pytest.raises(notebooks.NotebookError, match=complaint):
+            notebooks.execute(tmp_path / "failing.ipynb", tmp_path / "executed.ipynb", {}, kernel)
         notebooks.execute(tmp_path / "next.ipynb", tmp_path / "next.out.ipynb", {}, kernel)
-    assert nbformat.read(tmp_path / "next.out.ipynb", as_version=4).cells[0].outputs[0]["data"]["text/plain"] == "'run'"
+    (cell,) = nbformat.read(tmp_path / "next.out.ipynb", as_version=4).cells
+    assert cell.outputs[0]["data"]["text/plain"] == "False"
 
 
 def test_parameters_that_do_not_exist_are_refused(tmp_path: Path) -> None:

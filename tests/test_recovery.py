@@ -340,6 +340,8 @@ def test_distillation_aims_at_the_dense_model(tokenizer: Any) -> None:
     other = random_model(family="mamba2", layers=2, hidden_size=32, seed=0, vocab_size=50)
     with pytest.raises(ModelError, match="expected a model with the same vocabulary"):
         recover(teacher, tokenizer, ROWS, distill=other, **SMALL)
+    with pytest.raises(ModelError, match="the model to distil from is on meta, this one on cpu"):
+        recover(teacher, tokenizer, ROWS, distill=copy.deepcopy(teacher).to("meta"), **SMALL)
 
 
 def test_tuned_models_reload_with_equal_logits(tokenizer: Any, tmp_path: Path) -> None:

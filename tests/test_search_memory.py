@@ -19,6 +19,7 @@ from shedder_utils.families import family_of, random_model
 from shedder_utils.importance import Perplexity
 from shedder_utils.search_memory import GIB, UNPRUNED, Layout, default_gib, layout, search_memory
 from shedder_utils.sweep import Sweep
+from shedder_utils.variants import Variant, set_aside
 
 PAPER = MambaConfig(vocab_size=50_280, hidden_size=2560, num_hidden_layers=64, state_size=16)
 """Mamba-2.8B."""
@@ -155,3 +156,9 @@ def test_the_default_budget_is_an_eighth_of_what_is_free(
     for name, gib in (("_free_in_system", system), ("_free_in_container", container)):
         monkeypatch.setitem(default_gib.__globals__, name, lambda gib=gib: gib * 2**30)
     assert default_gib(torch.device("cpu")) == 1.0
+
+
+def test_what_is_set_aside_keeps_its_precision() -> None:
+    streams = {part: torch.rand(2, 3, 4, dtype=dtype) for part, dtype in ((1, torch.float16), (2, torch.float32))}
+    kept = set_aside({part: Variant({"hidden": hidden}) for part, hidden in streams.items()})
+    assert all(torch.equal(kept[part].stream["hidden"], hidden) for part, hidden in streams.items())

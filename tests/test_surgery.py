@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
 from transformers.cache_utils import Cache
 
-from shedder_utils import ModelError, Plan, PlanError, Removal, extract, kernels, load_model, removed, save_pruned
+from shedder_utils import (
+    ModelError,
+    Plan,
+    PlanError,
+    Removal,
+    extract,
+    families,
+    kernels,
+    load_model,
+    removed,
+    save_pruned,
+)
 from shedder_utils.components import PARTS, Cut
 from shedder_utils.evaluation import Score
 from shedder_utils.families import family_of
@@ -649,3 +662,17 @@ def test_an_untied_zamba2_is_pruned_and_read_back(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(pruned), wanted, **CLOSE)
     save_pruned(pruned, tmp_path)
     assert torch.equal(logits(load_model(tmp_path, tokenizer=False)[0]), logits(pruned))
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "zamba2", "hymba"])
+def test_a_pruned_model_is_gone_when_nobody_has_it(family: str) -> None:
+    model = families.random_model(family=family, layers=8, hidden_size=32, seed=0, vocab_size=50)
+    gc.collect()
+    gc.disable()
+    try:
+        pruned = extract(model, Plan(removals=[Removal(component="ssm:1")]))
+        weight = weakref.ref(pruned.get_output_embeddings().weight)
+        del pruned
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -84,6 +84,15 @@ class MambaLike(FinerKinds):
     kinds = ("mamba_block", "ssm")
     mixer_without_ssm: type[MixerWithoutSSM]
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Take off a hook of transformers for an older name of the embeddings, of no use in a model that is filled.
+
+        It is bound to the model that it hangs on: with it, neither a model nor a copy is freed, on a GPU, say, before
+        Python looks for cycles.
+        """
+        backbone: Any = model.base_model
+        backbone._load_state_dict_pre_hooks.clear()
+
     @abstractmethod
     def dead_in_mixer(self, mixer: nn.Module) -> int:
         """Parameters of a mixer that nothing reads when its SSM is gone."""
