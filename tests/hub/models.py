@@ -27,7 +27,7 @@ from shedder_utils.hymba import HymbaConfig
 from .texts import corpus
 
 WIDTH = 32
-VOCABULARY, NEOX_VOCABULARY = 509, 341
+VOCABULARY, NEOX_VOCABULARY = 509, 287
 """Tokens of each tokenizer. Not multiples of what mamba_ssm pads to, as the real 50,277 is not. GPT-NeoX's is the
 smaller one, so that it has more tokens for a text: a study of Mamba-2 needs most, and the hybrids take longest."""
 SPREAD = 0.2

@@ -15,6 +15,8 @@ import pyarrow
 import yaml
 from pyarrow import parquet
 
+from shedder_utils.pocket.instructions import WITHOUT_INPUT
+
 Row = dict[str, Any]
 NAMES = ("Anna", "Ben", "Clara", "Dan", "Emma", "Finn")
 THINGS = ("lamp", "book", "apple", "stone", "coat", "cup")
@@ -25,13 +27,9 @@ def sentence(rng: random.Random) -> str:
     return f"{rng.choice(NAMES)} took the {rng.choice(THINGS)} to the {rng.choice(PLACES)}."
 
 
-def some(rng: random.Random) -> str:
-    """As little text as a study's draws need."""
-    return " ".join(sentence(rng) for _ in range(rng.randint(2, 4)))
-
-
 def instruction(rng: random.Random) -> Row:
-    row = {"instruction": f"Count to {rng.randint(2, 99)}.", "input": "", "output": some(rng)}
+    """As little text as a study's draws need, like `prose`."""
+    row = {"instruction": f"Count to {rng.randint(2, 99)}.", "input": "", "output": sentence(rng)}
     return row | {"text": f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"}
 
 
@@ -41,7 +39,7 @@ def cleaned_instruction(rng: random.Random) -> Row:
 
 
 def prose(rng: random.Random) -> Row:
-    return {"text": rng.choice(("", " = Title = \n", f" {some(rng)} {some(rng)} {some(rng)} \n"))}
+    return {"text": rng.choice(("", " = Title = \n", f" {sentence(rng)} {sentence(rng)} \n"))}
 
 
 def passage(rng: random.Random) -> Row:
@@ -128,4 +126,5 @@ def corpus() -> Iterator[str]:
     for make, _, _ in DATA.values():
         rng = random.Random(0)
         for _ in range(40):
+            yield WITHOUT_INPUT
             yield from (value for value in make(rng).values() if isinstance(value, str))
