@@ -21,7 +21,7 @@ import transformers.utils.hub
 import yaml
 from hub import __main__ as rehearsal
 from hub.__main__ import derived, passes_amiss
-from hub.models import FALCON_WORDS, NATIVE, NEOX_VOCABULARY, VOCABULARY, build_models
+from hub.models import FALCON_WORDS, LLAMA_VOCABULARY, NATIVE, NEOX_VOCABULARY, build_models
 from hub.server import Hub
 from hub.texts import build_data
 from lm_eval.tasks import TaskManager
@@ -149,7 +149,7 @@ def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
     assert neox(" " * 24).input_ids == [NEOX_VOCABULARY - 23]
     assert (falcon.eos_token, falcon.eos_token_id) == ("<|endoftext|>", len(FALCON_WORDS.split()))
     assert llama("Anna").input_ids[0] == llama.bos_token_id == 1
-    assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", VOCABULARY, "left")
+    assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", LLAMA_VOCABULARY, "left")
     for tokenizer in found.values():
         assert (
             tokenizer.decode(tokenizer("Anna took the lamp.", add_special_tokens=False).input_ids)

@@ -12,10 +12,13 @@ B batch, L tokens, D model width, I channels, R adapter rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..kernels.slices import in_slices
 
 
 class NarrowMLP(nn.Module):
@@ -37,6 +40,7 @@ class NarrowMLP(nn.Module):
         self.gate, self.up, self.down, self.act = gate, up, down, act
         self.adapter = nn.ModuleList(adapter)
 
+    @partial(in_slices, down="down")
     def forward(self, hidden: Tensor, *_: Any) -> Tensor:
         """Output (B, L, D) for the normed input (B, L, D)."""
         gate, up = self.gate(hidden), self.up(hidden)

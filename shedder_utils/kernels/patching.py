@@ -3,9 +3,9 @@
 Each modeling file of transformers has its own `mamba_selective_scan`, `mamba2_chunk_scan`, `causal_conv1d_fn` and
 one-token updates, which its mixers look up as module globals at every call. `install()` replaces these attributes, so
 that all models of these classes, those already built included, use our scans. Of its classes it replaces the `forward`
-of RMS norms, seven passes over the memory, by torch's single one, and of mixers for one token (decode.py). Inputs that
-ours do not handle (another device, float64, an activation other than SiLU, packed sequences, tracing by torch.compile)
-go on to the original function (packages.py).
+of RMS norms, seven passes over the memory, by torch's single one, of mixers for one token (decode.py) and of wide MLPs
+(slices.py). Inputs that ours do not handle (another device, float64, an activation other than SiLU, packed sequences,
+tracing by torch.compile) go on to the original function (packages.py).
 """
 
 import functools
@@ -28,6 +28,7 @@ from .memory import keep_freed_memory
 from .packages import chosen_for_device, package_of, packed, readable
 from .selective_scan import selective_scan
 from .simd import LANES
+from .slices import in_slices
 from .ssd import ssd
 from .step import can_update, state_update, window_update
 
@@ -246,7 +247,11 @@ _REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
 }
 
 
-_CLASSES = {"RMSNorm": _rms_norm, "RMSNormGated": _gated_rms_norm, "Mixer": _mixer}
+def _mlp(original: Function) -> Function:
+    return in_slices(original, "down_proj")
+
+
+_CLASSES = {"RMSNorm": _rms_norm, "RMSNormGated": _gated_rms_norm, "Mixer": _mixer, "MLP": _mlp}
 """What takes the place of a class's `forward`, by the end of the class's name."""
 
 

@@ -27,9 +27,9 @@ from shedder_utils.hymba import HymbaConfig
 from .texts import corpus
 
 WIDTH = 32
-VOCABULARY, NEOX_VOCABULARY = 509, 287
-"""Tokens of each tokenizer. Not multiples of what mamba_ssm pads to, as the real 50,277 is not. GPT-NeoX's is the
-smaller one, so that it has more tokens for a text: a study of Mamba-2 needs most, and the hybrids take longest."""
+VOCABULARY, NEOX_VOCABULARY, LLAMA_VOCABULARY = 509, 287, 539
+"""Tokens of each tokenizer: Falcon's, GPT-NeoX's and the hybrids'. Not multiples of what mamba_ssm pads to, as the real
+50,277 is not. The smaller, the more tokens has a text: a study of Mamba-2 needs most, and the hybrids take longest."""
 SPREAD = 0.2
 """Standard deviation of random weights: with transformers' 0.02 SSMs this narrow change nothing, and searches tie."""
 FALCON_WORDS = "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE"
@@ -95,10 +95,10 @@ def zamba2(folder: Path) -> None:
     """Sharded safetensors; the published configuration names plain layers "mamba"."""
     hybrid = (6, 12, 18, 24, 30, 36, 42, 47, 51)
     config = Zamba2Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=54, num_mem_blocks=2, adapter_rank=4,
+        vocab_size=LLAMA_VOCABULARY, hidden_size=16, num_hidden_layers=54, num_mem_blocks=2, adapter_rank=4,
         layers_block_type=["hybrid" if index in hybrid else "linear_attention" for index in range(54)],
         use_shared_attention_adapter=False, intermediate_size=10240, num_attention_heads=4, num_key_value_heads=4,
-        mamba_expand=2, mamba_d_state=64, mamba_headdim=64, n_mamba_heads=1, mamba_ngroups=1, use_mem_rope=False,
+        mamba_expand=2, mamba_d_state=64, mamba_headdim=32, n_mamba_heads=1, mamba_ngroups=1, use_mem_rope=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     _random(config, seed=2).bfloat16().save_pretrained(folder, max_shard_size="3MB")
@@ -123,8 +123,8 @@ def falcon_mamba(folder: Path) -> None:
 def hymba(folder: Path) -> None:
     """One safetensors file beside code of its own, which must not run: importing it ends the process."""
     config = HymbaConfig(
-        vocab_size=VOCABULARY + 1, hidden_size=80, num_hidden_layers=32, num_attention_heads=10, num_key_value_heads=2,
-        intermediate_size=276, num_memory_tokens=128, sliding_window=1024,
+        vocab_size=LLAMA_VOCABULARY + 1, hidden_size=80, num_hidden_layers=32, num_attention_heads=10,
+        num_key_value_heads=2, intermediate_size=276, num_memory_tokens=128, sliding_window=1024,
     )  # fmt: skip
     _random(config, seed=4).bfloat16().save_pretrained(folder)
     published = json.loads((folder / "config.json").read_text()) | {
@@ -178,7 +178,7 @@ def llama_tokenizer(folder: Path, *, padding: bool = False) -> None:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.train_from_iterator(
         (word for text in corpus() for word in text.split(" ")),
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=pieces, show_progress=False),
+        trainers.BpeTrainer(vocab_size=LLAMA_VOCABULARY, special_tokens=pieces, show_progress=False),
     )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < 3]
