@@ -16,6 +16,7 @@ from shedder_utils.components import cuts
 from shedder_utils.families import family_of, random_model
 from shedder_utils.families.untying import untie
 from shedder_utils.inventory import describe, ratio
+from shedder_utils.kernels import slices
 from shedder_utils.loading import fingerprint
 
 HYBRID = [1, 3, 4, 6]  # positions 0 and 2 share one Transformer block, 1 and 3 the other
@@ -170,6 +171,23 @@ def test_without_channels_equals_zeroed_weights_in_an_untied_model() -> None:
     with torch.no_grad():
         model.model.layers[4].shared_transformer.feed_forward.down_proj.weight[:, 40:] = 0
     torch.testing.assert_close(pruned, logits(model), **CLOSE)
+
+
+@pytest.mark.parametrize(("gone", "pieces"), [([], [3] * 7 + [1]), (["mlp_channels:2/40"], [5, 5, 5, 5, 2])])
+def test_a_wide_mlp_in_slices_of_tokens_equals_the_whole(
+    monkeypatch: pytest.MonkeyPatch, gone: list[str], pieces: list[int]
+) -> None:
+    model, tokens = zamba2(), []
+    model.model.layers[4].shared_transformer.feed_forward.act_fn.register_forward_pre_hook(
+        lambda _, inputs: tokens.append(inputs[0].shape[:-1].numel())
+    )
+    with removed(model, parse(*gone)):
+        whole = logits(model)
+        monkeypatch.setattr(slices, "CACHE", 5 * 80 * 4)  # of gate and up for five tokens with 40 channels
+        sliced = logits(model)
+        model(IDS).logits.sum().backward()
+    torch.testing.assert_close(sliced, whole, rtol=1e-5, atol=1e-5)
+    assert tokens == [IDS.numel(), *pieces, IDS.numel()], "in one piece, in slices, in one piece with gradients"
 
 
 @pytest.mark.parametrize(
