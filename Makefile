@@ -59,7 +59,7 @@ record: $(READY)  ## for maintainers: make a finished run of committed code the 
 test: lint  ## check style and types, then run the tests
 	@$(BIN)/python -m pytest -q
 
-rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (many hours; QUICK=1: one; goes on where it stopped)
+rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (some three hours; QUICK=1: one; goes on where it stopped)
 	@$(BIN)/python -m tests.hub --models "$(MODELS)" --studies "$(STUDIES)" $(if $(QUICK),--quick)
 
 lint: $(READY)  ## check style and types only
@@ -87,7 +87,7 @@ clean:  ## remove .venv, the web page and caches; runs/ stays
 
 $(VENV): requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null \
-	  || { echo "$(PYTHON) is missing or not Python 3.11 to 3.13: name another, make PYTHON=python3.12"; exit 1; }
+	  || { echo "$(PYTHON) is missing or not Python 3.11 to 3.13: name another, make setup PYTHON=python3.12"; exit 1; }
 	@echo "Setting up .venv: some 210 packages, a few minutes, once"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r requirements/cpu.txt

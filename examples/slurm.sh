@@ -6,7 +6,7 @@
 #   make reproduce PROFILE=paper                  when all are done: nothing is left but tables, figures and notebooks
 #
 # A job that hits its time limit can be submitted again: it goes on where it was stopped. Nodes without a network need the
-# models and data in the cache beforehand (HF_HOME on a shared disk); `python -m shedder_utils doctor` says what is missing.
+# models and data in the cache beforehand (HF_HOME on a shared disk); `make doctor PROFILE=paper` says which models are not.
 
 #SBATCH --job-name=shedder
 #SBATCH --array=0-4

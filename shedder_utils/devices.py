@@ -26,5 +26,6 @@ def slow_scan(device: str | torch.device) -> str | None:
         return None
     return (
         "WARNING: the kernels of mamba_ssm do not run here; transformers' fallback goes from token to token and takes "
-        "days in place of hours, and gigabytes more: make setup-gpu, and see python -m shedder_utils doctor"
+        "days in place of hours, and gigabytes more: make setup-gpu, and see python -m shedder_utils doctor with a "
+        "--profile for GPUs"
     )

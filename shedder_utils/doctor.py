@@ -20,7 +20,7 @@ PROJECT = "mamba-shedder-companion"
 KERNELS = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 """The packages of GPU kernels, and the module that fails to import where they were not built."""
 SHOWN = ("torch", "transformers", "lm-eval", "datasets", "peft", "numba", *KERNELS)
-INSTALL = "make setup"
+INSTALL = "make clean, then make setup; with conda: conda env update -f environment.yml"
 INSTALL_KERNELS = "make setup-gpu"
 REBUILD_KERNELS = "build them for this GPU: requirements/gpu.txt says how"
 REPLACE_TORCH = (

@@ -69,7 +69,7 @@ def load_model(
     if error := device_error(device):
         raise ModelError(
             f"model {ref}: torch cannot compute on device {str(device)!r} ({error}): choose another, or see what "
-            "python -m shedder_utils doctor says"
+            "python -m shedder_utils doctor says with a --profile for GPUs"
         )
     if torch.device(device).type not in ("cpu", "cuda"):
         raise ModelError(f"model {ref}: device {str(device)!r} is not covered: expected cpu or cuda")

@@ -202,7 +202,7 @@ def test_both_counts_are_named_where_two_models_have_different_ones(tmp_path):
     named = {number.measure.split(" points, ")[1]: number.removed for number in numbers
              if "points" in number.measure and number.n_removed == 3}  # fmt: skip
     assert named == {
-        "pocket-mamba2 less pocket-mamba": "3 removed", "pocket-zamba2 less pocket-mamba": "2 and 3 removed"
+        "pocket-mamba2 minus pocket-mamba": "3 removed", "pocket-zamba2 minus pocket-mamba": "2 and 3 removed"
     }  # fmt: skip
     assert "2 and 3" in report.verdicts(["C1"], whole, tmp_path).frame["counts"].tolist()
 

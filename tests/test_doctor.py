@@ -140,7 +140,7 @@ def test_a_gpu_without_kernels_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_missing_and_an_old_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_requirements", lambda: ["torch>=99", "no-such-package>=1", "numba>=0.1"])
     findings = doctor.examine()
-    assert missing(findings) == {"torch>=99": "make setup", "no-such-package>=1": "make setup"}
+    assert missing(findings) == {"torch>=99": doctor.INSTALL, "no-such-package>=1": doctor.INSTALL}
     assert found(findings)["no-such-package>=1"] == "found none"
 
 

@@ -64,8 +64,8 @@ def _lines(plan: CostPlan) -> Iterator[str]:
     yield "passes: of Algorithm 1, one for each candidate of each step, at most where one kind takes from another"
     yield f"hours: at {EFFICIENCY:.0%} of a device's peak arithmetic, {BANDWIDTH:.0%} of its memory traffic"
     if plan.profile.device == "cuda":
-        yield "hours and GiB: with the kernels of mamba_ssm (make setup-gpu), which a V100 needs built for it; on one the"
-        yield "scans of Mamba-2 and Zamba2 take longer than these hours say, since Triton leaves its tensor cores idle"
+        yield "hours and GiB: with the kernels of mamba_ssm (make setup-gpu), which a V100 needs built for it;"
+        yield "there the scans of Mamba-2 and Zamba2 take longer than these hours: Triton leaves its tensor cores idle"
     if plan.not_counted:
         yield f"hours do not count what is timed or listed: {', '.join(plan.not_counted)}"
     yield from _memory(plan)
@@ -98,7 +98,8 @@ def _found(plan: CostPlan) -> Iterator[str]:
     if plan.profile.device != "cuda":
         return
     if error := device_error("cuda"):
-        yield f"this machine has no GPU that torch can use ({error}): see python -m shedder_utils doctor"
+        doctor = f"python -m shedder_utils doctor --profile {plan.profile.name}"
+        yield f"this machine has no GPU that torch can use ({error}): see {doctor}"
         return
     gpu = torch.cuda.get_device_properties(0)
     fitting = [job for job in plan.jobs if job.gib <= gpu.total_memory / 2**30]

@@ -147,7 +147,7 @@ def _advantages(
     if all("average" in values for values in four):
         value, error = lead(*(values["average"] for values in four))
         interval = (value, value - Z95 * error, value + Z95 * error)
-        measure = f"{WHAT[table]}, loss of average accuracy in points, {behind} less {ahead}"
+        measure = f"{WHAT[table]}, loss of average accuracy in points, {behind} minus {ahead}"
         found.append(Advantage(measure, counts[0], *interval, 0, theirs["average"], counts[::-1]))
     if all("ppl" in values for values in four):
         value, error = lead(*(logarithm(values["ppl"]) for values in four))

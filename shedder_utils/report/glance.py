@@ -206,7 +206,7 @@ def _facts(profile: Profile) -> dict[str, str]:
         "seed": f"{calibration.seed}",
         "tasks": ", ".join(evaluation.task_names),
         "items of each task": "all" if evaluation.limit is None else f"the first {evaluation.limit}",
-        "studies, removed at most": ", ".join(f"{name} {n}" for name, n in counts.items()),
+        "studies, scored after at most": ", ".join(f"{name} {n}" for name, n in counts.items()),
         "speed": f"prompts of {profile.speed.prompt_tokens} tokens, {profile.speed.batches} rounds"
         if profile.speed else DASH,
     }  # fmt: skip

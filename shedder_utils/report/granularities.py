@@ -60,7 +60,7 @@ def almost_nothing(runs: Runs, name: str, text: str) -> Verdict:
     states = _states(runs, 2, ZAMBA2)
     dense = [state for state in states if not state.n_removed]
     pairs = [(state, dense[0]) for state in states if dense and state.stands_for == 12]
-    measure = f"average accuracy in points, above the dense model's less {ALMOST_NOTHING:g}"
+    measure = f"average accuracy in points, above the dense model's minus {ALMOST_NOTHING:g}"
     return _judge(runs, name, text, [("average", measure, ALMOST_NOTHING, pairs)])
 
 
@@ -126,10 +126,10 @@ def blocks_or_ssms(runs: Runs, name: str, text: str) -> Verdict:
     states = {(s.target, s.n_removed): s for s in _states(runs, 5, FALCON)}
     counts = [n for target, n in states if target == "mamba_block" and ("ssm", n) in states]
     pairs = [(states["mamba_block", n], states["ssm", n]) for n in counts]
-    perplexity = "LAMBADA perplexity, less blocks over less SSMs"
+    perplexity = "LAMBADA perplexity, without blocks over without SSMs"
     tests = [
         ("ppl", perplexity, 0.0, [(ssms, blocks) for blocks, ssms in pairs]),
-        ("average", "average accuracy in points, less blocks above less SSMs", 0.0, pairs),
+        ("average", "average accuracy in points, without blocks above without SSMs", 0.0, pairs),
     ]
     return _judge(runs, name, text, tests)
 
