@@ -241,6 +241,15 @@ def test_random_models_show_nothing(tmp_path):
     assert all("untrained" in item.why for item in found.items)
 
 
+def test_models_narrower_than_the_published_ones_decide_nothing(tmp_path):
+    World(tmp_path, loss=AS_IN_THE_PAPER, rise=RISES_AS_IN_THE_PAPER).write()
+    published = profiles.load("paper").models
+    models = {name: published[model.paper] for name, model in POCKET.models.items()}
+    found = report.verdicts(["C1", "C11"], POCKET.model_copy(update={"models": models}), tmp_path)
+    assert [item.verdict for item in found.items] == ["not run at full width", "not run"]
+    assert "pocket-mamba has 2,000,000 of 2,768,345,600 parameters" in found.items[0].why
+
+
 def test_one_missing_evaluation_makes_a_claim_not_run(world):
     records.path(world.root, "pocket", *BLOCKS_2, "05_removed").unlink()
     found = verdict_of("C1", world.root)

@@ -16,7 +16,7 @@ from ..records import Metric
 from . import granularities, recovery, speed
 from .counterparts import paper_values
 from .criteria import CRITERIA
-from .evidence import Z95, Advantage, Verdict, Verdicts, exp, failed, lead, logarithm, untrained, weak, weigh
+from .evidence import Z95, Advantage, Verdict, Verdicts, exp, failed, lead, logarithm, narrow, untrained, weak, weigh
 from .runs import BLOCKS, SSMS, Runs
 from .tables import WHAT
 
@@ -37,6 +37,8 @@ def judge(runs: Runs, ids: Iterable[str] | None = None) -> Verdicts:
 def _judge(runs: Runs, name: str, text: str) -> Verdict:
     """The verdict on one claim, with its test in words and the records that the check read."""
     verdict = CHECKS.get(name, _untested)(runs, name, text)
+    if verdict.verdict != "not run" and (why := narrow(runs.profile, runs.given)):
+        verdict = replace(verdict, verdict="not run at full width", why=why)
     test, notebook = CRITERIA[name]
     return replace(verdict, test=test, notebook=notebook, records=runs.given)
 

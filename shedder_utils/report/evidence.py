@@ -10,12 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from ..profiles import Profile
+from ..profiles import Profile, ProfileModel
 from ..records import Metric, Record
 from .rendering import DASH, markdown, place, save, scored_with, sidecar
 from .runs import error_of, error_of_sum
@@ -23,7 +24,7 @@ from .runs import error_of, error_of_sum
 Z95 = 1.96
 CLEARLY = 5.0
 """Points by which the lower end of a dense model's interval must exceed guessing, for pruning to show anything."""
-Outcome = Literal["reproduced", "close", "deviates", "not shown at this scale", "not run"]
+Outcome = Literal["reproduced", "close", "deviates", "not shown at this scale", "not run at full width", "not run"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,26 @@ def untrained(profile: Profile, compared: Iterable[str]) -> str | None:
     """Which of the models are random; None if all are trained."""
     random = [model for model in compared if profile.models[model].random]
     return f"{' and '.join(random)}: untrained, so there is nothing to lose." if random else None
+
+
+def narrow(profile: Profile, read: Iterable[Record]) -> str | None:
+    """Which of the models behind some records have under half the parameters of the published ones; None if none.
+
+    They bear the published names and are something else, such as stand-ins with which a long run is rehearsed.
+    """
+    found = {record.model.name: record.model.parameters_dense for record in read}
+    shaped = {name: profile.models[name] for name in found if profile.models[name].shape}
+    published = {name: _published(settings.model_dump_json()) for name, settings in shaped.items()}
+    less = [f"{name} has {found[name]:,} of {n:,} parameters" for name, n in published.items() if 2 * found[name] < n]
+    return f"{' and '.join(less)}." if less else None
+
+
+@cache
+def _published(settings: str) -> int:
+    """The parameters of a model of which a profile gives the shape; settings: of that model, as JSON."""
+    from ..shapes import without_weights
+
+    return int(without_weights(ProfileModel.model_validate_json(settings)).num_parameters())
 
 
 def weak(profile: Profile, dense: dict[str, dict[str, Metric]]) -> str | None:
