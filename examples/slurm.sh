@@ -25,8 +25,7 @@ model=${models[$SLURM_ARRAY_TASK_ID]}
 bin=.venv/bin
 if [ "${CONDA_DEFAULT_ENV:-}" = mamba-shedder ]; then bin=$CONDA_PREFIX/bin; fi
 
-# Each job has its own folder, since all would write the same tables and notebooks at the end.
+# Each job has its own folder, since all would write the same tables and notebooks at the end. Records of one model never
+# collide with another's, and what a job that failed or was stopped has finished is kept too.
+trap 'if [ -d "runs/slurm/$model/paper" ]; then cp -ru "runs/slurm/$model/paper" runs/; fi' EXIT
 "$bin/python" -m shedder_utils run --profile paper --models "$model" --output "runs/slurm/$model"
-
-# Records of one model never collide with another's.
-cp -ru "runs/slurm/$model/paper" runs/

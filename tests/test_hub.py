@@ -219,6 +219,7 @@ FAILURES = {
 READERS = {
     "model.safetensors": lambda: load("nvidia/Hymba-1.5B-Base"),
     "falcon-mamba-7b/config.json": lambda: load("tiiuae/falcon-mamba-7b"),
+    "falcon-mamba-7b/revision/main": lambda: load("tiiuae/falcon-mamba-7b"),
     "-00002-of-00002.safetensors": lambda: load("Zyphra/Zamba2-2.7B"),
     "pytorch_model.bin": lambda: load("IntelLabs/Mamba-Shedder-Mamba-2.2B"),
     "gpt-neox-20b/tokenizer.json": lambda: load_model("IntelLabs/Mamba-Shedder-Mamba-2.2B"),
@@ -235,6 +236,7 @@ CASES = [(file, fault) for file in ALL_FAULTS for fault in FAILURES]
 CASES += [
     ("model.safetensors", "damaged"),
     ("falcon-mamba-7b/config.json", "short"),
+    ("falcon-mamba-7b/revision/main", "busy"),
     ("-00002-of-00002.safetensors", "busy"),
     ("gpt-neox-20b/tokenizer.json", "damaged"),
     ("wikitext/README.md", "busy"),

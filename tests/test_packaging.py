@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from shedder_utils import doctor
+from shedder_utils import doctor, profiles
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -187,18 +187,21 @@ def test_make_takes_torch_from_the_index_that_is_named():
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the example is a script for bash")
 def test_a_job_of_a_cluster_runs_what_make_takes(tmp_path):
     job = ROOT / "examples" / "slurm.sh"
+    models = re.search(r"^models=\((.+)\)$", job.read_text(), re.MULTILINE)[1].split()
+    assert sorted(models) == sorted(profiles.load("paper").models)
+    assert f"--array=0-{len(models) - 1}\n" in job.read_text()
     log = re.search(r"^#SBATCH --output=(\S+)$", job.read_text(), re.MULTILINE)[1]
     assert "/" not in log, "SLURM opens the log before the job can make a folder for it"
     for prefix in (".venv", "conda"):
         python = tmp_path / prefix / "bin" / "python"
         python.parent.mkdir(parents=True)
-        python.write_text(f'#!/bin/sh\nmkdir -p "$9/paper"\necho {prefix} "$@" > "$9/paper/record"\n')
+        python.write_text(f'#!/bin/sh\nmkdir -p "$9/paper"\necho {prefix} "$@" > "$9/paper/record"\nexit 3\n')
         python.chmod(0o755)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONDA")}
     conda = {"CONDA_DEFAULT_ENV": CONDA["name"], "CONDA_PREFIX": str(tmp_path / "conda")}
     for environment, prefix in (({}, ".venv"), (conda, "conda")):  # the second job goes on after the first
         given = inherited | environment | {"SLURM_ARRAY_TASK_ID": "1"}
-        subprocess.run(["bash", str(job)], cwd=tmp_path, env=given, check=True)
+        assert subprocess.run(["bash", str(job)], cwd=tmp_path, env=given).returncode == 3
         record = tmp_path / "runs" / "paper" / "record"
         ran = record.read_text()
         os.utime(record, (0, 0))  # cp takes what is newer, and these jobs end within a tick of the file system's clock
