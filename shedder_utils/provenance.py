@@ -16,8 +16,6 @@ PACKAGES = {
     "transformers": "transformers",
     "lm_eval": "lm_eval",
     "numba": "numba",
-    "mamba_ssm": "mamba-ssm",
-    "causal_conv1d": "causal-conv1d",
     "shedder_utils": "mamba-shedder-companion",
 }
 
@@ -34,8 +32,6 @@ class Environment(_Facts):
     transformers: str | None
     lm_eval: str | None
     numba: str | None
-    mamba_ssm: str | None = None
-    causal_conv1d: str | None = None
     shedder_utils: str | None
     device: str
     cpu: str

@@ -138,10 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(asked.path)
         self.hub.requests.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        if self.hub.fault(path) == "busy":
-            self._send(503, b"busy")
-        elif found := API.fullmatch(path):
-            self._api(*found.groups(), parse_qs(asked.query), body)
+        if found := API.fullmatch(path):
+            busy = self.hub.fault(path) == "busy"
+            self._send(503, b"busy") if busy else self._api(*found.groups(), parse_qs(asked.query), body)
         elif found := FILE.fullmatch(path):
             self._file("datasets" if found[1] else "models", found[2], found[3], found[4])
         else:
@@ -175,6 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, kind: str, name: str, revision: str, path: str) -> None:
         repository = self._repository(kind, name, revision)
         if repository is None:
+            return
+        if self.hub.fault(f"{name}/{path}") == "busy":
+            self._send(503, b"busy")
             return
         headers = {"X-Repo-Commit": repository.commit_of(revision), "Accept-Ranges": "bytes"}
         if path not in repository.files:
