@@ -139,8 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         if found := API.fullmatch(path):
-            busy = self.hub.fault(path) == "busy"
-            self._send(503, b"busy") if busy else self._api(*found.groups(), parse_qs(asked.query), body)
+            if self.hub.fault(path) == "busy":
+                self._send(503, b"busy")
+            else:
+                self._api(*found.groups(), parse_qs(asked.query), body)
         elif found := FILE.fullmatch(path):
             self._file("datasets" if found[1] else "models", found[2], found[3], found[4])
         else:
