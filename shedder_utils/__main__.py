@@ -31,8 +31,10 @@ def run_notebooks(
     output: Output = Path("runs"),
 ) -> None:
     """Run the studies that are not recorded yet, through the notebooks, and say where tables and figures are."""
+    from .distributed import check_alone
     from .notebooks import run
 
+    check_alone()
     warn_of_slow_scan(profile)
     _written(profile, run(profile, models=_names(models), studies=_names(studies), output=output))
 

@@ -1,8 +1,9 @@
-"""Several processes, one search: what each rank computes, and how all come to know the same (torchrun).
+"""Several processes, one search or evaluation: what each rank computes, and how all come to know the same.
 
-The calibration batches are dealt to the ranks in turn. A rank computes the losses of a batch as one process alone
-would; they are gathered and put in the order of the batches before anything is averaged. So every rank sees the same
-numbers and takes the same decisions, and the plan is the same for any number of ranks. Only the first rank writes.
+torchrun starts them, or accelerate, which calls it. The calibration batches, or the items of lm-eval's tasks, are dealt
+to the ranks in turn. A rank computes the losses of a batch as one process alone would; they are gathered and put in the
+order of the batches before anything is averaged. So every rank sees the same numbers and takes the same decisions, and
+the plan is the same for any number of ranks. Only the first rank writes.
 
 Without torchrun there is one rank, and nothing here does anything.
 """
@@ -46,6 +47,15 @@ def start(device: str = "cpu") -> str:
     dist.init_process_group("gloo", timeout=PATIENCE)
     signal.signal(signal.SIGTERM, _stopped)
     return device
+
+
+def check_alone() -> None:
+    """Raises ModelError for a process among several that did not join the others: each would do all of the work."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        raise ModelError(
+            "torchrun or accelerate started several processes, which only search and evaluate can share: give this "
+            "command to python alone"
+        )
 
 
 def stop() -> None:
@@ -123,5 +133,5 @@ def _stopped(*_: Any) -> None:
 def _lost(what: str) -> str:
     return (
         f"rank {rank()} of {ranks()} stops: another process of this run {what}; look for its last message, then give "
-        "the same command again: the search goes on from its last step"
+        "the same command again: a search goes on from its last step"
     )

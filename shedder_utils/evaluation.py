@@ -1,9 +1,9 @@
 """Evaluation: lm-eval's own numbers, with their standard errors, for a model in memory.
 
-The model runs through lm-eval's `evaluate` and `HFLM`; nothing of the harness is replaced. Its `simple_evaluate` would
-read the thousands of task files that come with it and describe the whole machine each time a model is scored, which
-takes longer than scoring a small one. Which metric of a task is a column of the paper's tables stands in a profile
-(`paper.yaml`, metric_seven).
+The model runs through lm-eval's `evaluate` and `HFLM`; nothing of the harness is replaced, and several processes share
+the items (`harness.py`). Its `simple_evaluate` would read the thousands of task files that come with it and describe
+the whole machine each time a model is scored, which takes longer than scoring a small one. Which metric of a task is a
+column of the paper's tables stands in a profile (`paper.yaml`, metric_seven).
 """
 
 from __future__ import annotations
@@ -63,16 +63,18 @@ def evaluate(
 ) -> Scores:
     """Score a model with lm-eval, zero-shot, on pocket tasks or lm-eval's own.
 
-    limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one.
+    limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one. Where accelerate
+    or torchrun started several processes (`distributed.py`), every one has to call this, and gets the same scores.
     Raises DataError for a task that does not exist, whose data cannot be read, or that has no metric, and ModelError
     where the logits of a model that is not masked are no numbers, for lm-eval would score them all the same.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    from .harness import Harness
 
     loaded = _loaded(tuple(tasks))
     with _quick(), nullcontext() if is_masked(model) else _refusing_overflow(model):
-        harness = HFLM(
+        harness = Harness(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **AS_THE_PAPER
         )  # fmt: skip
         results = lm_eval.evaluate(

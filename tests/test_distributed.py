@@ -1,4 +1,4 @@
-"""Searches with two ranks, started by torchrun: the plan of one rank, and what is left when a rank dies."""
+"""Searches and evaluations with two ranks: the plan and scores of one, and what is left when a rank dies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 import search_ranks
 import torch
 import torch.distributed as dist
-from test_commands import TEXT, run, tiny  # noqa: F401
+from lm_eval.api.instance import Instance
+from test_commands import TEXT, call, run, tiny  # noqa: F401
 
-from shedder_utils import ModelError, Plan, ShedderError, distributed
+from shedder_utils import ModelError, Plan, ShedderError, distributed, harness
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -74,7 +75,7 @@ def test_a_rank_that_dies_ends_the_run_and_the_search_goes_on(
     folder, run = ended
     assert run.returncode != 0
     assert "error: rank 0 of 2 stops: another process of this run has ended" in run.stderr
-    assert "the search goes on from its last step" in run.stderr
+    assert "a search goes on from its last step" in run.stderr
     assert not (folder / "killed.rank0").exists()
     assert len(Plan.load(folder / "killed")) == 2
     whole = search_ranks.run("fast", tmp_path)
@@ -95,6 +96,59 @@ def test_the_command_finds_the_plan_of_one_and_says_so_once(tiny: Path, tmp_path
     assert content(plan) == content(Plan.load(tmp_path / "one.json"))
     assert plan.provenance["ranks"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"one.json", "two.json"}
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+SCORED = ["--tasks", "pocket_lambada,pocket_piqa,pocket_winogrande", "--limit", "7", "--batch-size", "4"]
+
+
+def test_evaluate_shares_the_items_and_finds_the_scores_of_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = [*ACCELERATE, "-m", "shedder_utils", "evaluate", tiny, *SCORED, "--output", tmp_path / "two.json"]
+    two = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("\n") == 1
+    assert two.stderr.count("evaluating pocket_lambada") == 1
+    assert "do not launch via accelerate" not in two.stderr
+    one = run("evaluate", tiny, *SCORED)
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert found == json.loads(two.stdout)
+    assert found["scores"].keys() == one["scores"].keys()
+    for task, metrics in one["scores"].items():
+        assert found["scores"][task] == {name: pytest.approx(score, rel=1e-5) for name, score in metrics.items()}
+
+
+@pytest.mark.parametrize("command", [["benchmark", "MODEL", "OTHER"], ["run", "--profile", "smoke"]])
+def test_what_is_not_shared_is_refused_under_torchrun(groups: list[Any], command: list[str]) -> None:
+    code, out, _ = call(*command)
+    assert (code, out) == (
+        "error: torchrun or accelerate started several processes, which only search and evaluate can share: give this "
+        "command to python alone",
+        "",
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_gets_all_answers_and_no_item_is_torn(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    requests = [Instance("loglikelihood", {}, (f"{n}", f"{k}"), k, ("task", n, 1)) for n in (0, 1, 2, 4) for k in "ab"]
+    told: list[dict[int, Any]] = []
+    shares: list[list[Any]] = []
+
+    def answer(own: list[Any], disable_tqdm: bool) -> list[str]:
+        shares.append([one.doc_id for one in own])
+        return ["".join(one.args) for one in own]
+
+    def whole(found: dict[int, Any]) -> list[Any]:
+        told.append(found)
+        everything = {number: value for part in told for number, value in part.items()}
+        return [everything.get(number, [None, None]) for number in range(4)]
+
+    monkeypatch.setattr(harness, "gathered", whole)
+    monkeypatch.setattr(distributed, "ranks", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        answers = harness._dealt(answer, requests, False)
+    assert answers == ["0a", "0b", "1a", "1b", "2a", "2b", "4a", "4b"]
+    assert shares == [[doc for doc in [0, 1, 2, 4][rank::ranks] for _ in "ab"] for rank in range(ranks)]
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +34,11 @@ def evaluate_model(
     device: Device = "cpu",
     dtype: Dtype = "",
 ) -> None:
-    """Score a model, dense or pruned, with lm-eval: every metric with its standard error and number of items."""
+    """Score a model, dense or pruned, with lm-eval: every metric with its standard error and number of items.
+
+    accelerate and torchrun spread it over GPUs: accelerate launch --num_processes 4 -m shedder_utils evaluate ...
+    """
+    from .. import distributed
     from ..evaluation import evaluate
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -40,12 +46,21 @@ def evaluate_model(
     if not names or size == 0 or (isinstance(size, str) and size != "auto"):
         raise DataError(f"tasks {tasks!r}, batch size {batch_size!r}: expected names, and a number from 1 or 'auto'")
     check_output(output)
-    scored, its_tokenizer = loaded(model, device, dtype, tokenizer)
-    say(f"evaluating {', '.join(names)}")
-    scores: dict[str, dict[str, Any]] = {}
-    for (task, metric), score in evaluate(scored, its_tokenizer, names, limit=limit, batch_size=size).items():
-        scores.setdefault(task, {})[metric] = {"value": score.value, "stderr": score.stderr, "n": score.n}
-    finish({"model": model, "parameters": scored.num_parameters(), "scores": scores}, output)
+    device = distributed.start(device)
+    try:
+        scored, its_tokenizer = loaded(model, device, dtype, tokenizer)
+        first = distributed.rank() == 0
+        if first:
+            say(f"evaluating {', '.join(names)}")
+        with redirect_stdout(sys.stderr):  # lm-eval prints there
+            found = evaluate(scored, its_tokenizer, names, limit=limit, batch_size=size)
+        scores: dict[str, dict[str, Any]] = {}
+        for (task, metric), score in found.items():
+            scores.setdefault(task, {})[metric] = {"value": score.value, "stderr": score.stderr, "n": score.n}
+        if first:
+            finish({"model": model, "parameters": scored.num_parameters(), "scores": scores}, output)
+    finally:
+        distributed.stop()
 
 
 def scores_in(file: Path, model: PreTrainedModel) -> Scores:

@@ -52,11 +52,13 @@ def weights(ref: str, device: str, dtype: str) -> PreTrainedModel:
 def _load(ref: str, device: str, dtype: str, tokenizer: str | bool | None) -> Any:
     import torch
 
+    from .. import distributed
     from ..devices import slow_scan
     from ..loading import load_model
 
     if dtype and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
+    distributed.check_alone()
     say(f"loading {ref}")
     found = load_model(ref, device=device, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer)
     if warning := slow_scan(device):
