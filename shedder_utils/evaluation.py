@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import hub
 from .errors import DataError
 from .importance import finite
-from .pocket.tasks import TASKS, task_configs
+from .lm_eval_tasks import loaded_tasks
 from .removal import is_masked
 from .statistics import packed
 
@@ -72,7 +71,7 @@ def evaluate(
 
     from .harness import Harness
 
-    loaded = _loaded(tuple(tasks))
+    loaded = loaded_tasks(tuple(tasks))
     with _quick(), nullcontext() if is_masked(model) else _refusing_overflow(model):
         harness = Harness(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **AS_THE_PAPER
@@ -86,40 +85,6 @@ def evaluate(
         if not scores[task]:
             raise DataError(f"task {task}: lm-eval reports no metric of it: check its filters, or leave it out")
     return {(name, metric): score for name, found in scores.items() for metric, score in found.items()}
-
-
-@cache
-def _loaded(tasks: tuple[str, ...]) -> Any:
-    """Pocket tasks and lm-eval's own as it loads them, zero-shot: once in a process, for all models that are scored."""
-    from lm_eval.tasks import TaskManager
-
-    own = [task for task in tasks if task not in TASKS]
-    manager = _lm_evals() if own else TaskManager(include_defaults=False)
-    unknown = [task for task in own if task not in manager.all_tasks]
-    if unknown:
-        raise DataError(f"task {unknown[0]!r} does not exist: expected one of {', '.join(TASKS)} or a task of lm-eval")
-    loaded = manager.load(list(task_configs(tuple(task for task in tasks if task in TASKS))))
-    for name in own:
-        for part, found in _from_hub(manager, name).items():
-            loaded[part].update(found)
-    for task in loaded["tasks"].values():
-        task.set_config(key="num_fewshot", value=0)
-    return loaded
-
-
-@cache
-def _lm_evals() -> Any:
-    """All tasks that come with lm-eval, by name: it reads 14,000 files for that, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _from_hub(manager: Any, name: str) -> Any:
-    """A task of lm-eval, or a group of them, with its data. Raises DataError if the data cannot be read."""
-    source = str((manager.task_index[name].cfg or {}).get("dataset_path", name))
-    with hub.checked(f"task {name}: {source}", source, DataError, "dataset"):
-        return manager.load([name])
 
 
 def _scores(found: dict[str, Any], samples: list[dict[str, Any]] | None) -> dict[str, Score]:

@@ -55,6 +55,12 @@ def fetch(ref: str, revision: str | None = None) -> Snapshot | None:
     return Snapshot(folder, folder.name)
 
 
+def pinned(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of "owner/name@revision"; None where a name has no revision."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def cached(ref: str, commit: str | None) -> Path | None:
     """The folder of the cache with a Hub id at a commit, without asking the Hub; None where there is none."""
     folder = _cache_of("model", ref) / str(commit)

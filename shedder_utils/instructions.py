@@ -151,7 +151,7 @@ def _from_hub(name: str) -> list[Any]:
     """The training split of a data set, "owner/name" or "owner/name@revision"."""
     from datasets import load_dataset
 
-    repository, _, revision = name.partition("@")
+    repository, revision = hub.pinned(name)
     advice = f"expected a .json or .jsonl file, pocket-instructions or a data set of the Hub; {hub.AGAIN}"
     with hub.checked(f"recovery data {name}", repository, DataError, "dataset", advice):
-        return list(load_dataset(repository, split="train", revision=revision or None))
+        return list(load_dataset(repository, split="train", revision=revision))

@@ -11,14 +11,15 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from . import hub
 from .errors import ModelError
 
+GPT_NEOX = "EleutherAI/gpt-neox-20b@c292233c833e336628618a88a648727eb3dff0a7"
 PUBLISHED = {
-    "mamba": "EleutherAI/gpt-neox-20b",
-    "mamba2": "EleutherAI/gpt-neox-20b",
+    "mamba": GPT_NEOX,
+    "mamba2": GPT_NEOX,
     "falcon_mamba": "tiiuae/falcon-mamba-7b",
     "zamba2": "Zyphra/Zamba2-2.7B",
     "hymba": "nvidia/Hymba-1.5B-Base",
 }
-"""The Hub id of the tokenizer that the published models of each type were trained with."""
+"""The tokenizer that the published models of each type were trained with: a Hub id, and its commit after "@"."""
 FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 """Where a tokenizer and its chat template are kept, as patterns."""
 
@@ -33,12 +34,12 @@ def tokenizer_for(
     """
     if wanted is False:
         return None
-    source, published = str(wanted), False
+    source, revision, published = str(wanted), None, False
     if wanted is None or wanted is True:
         published = not any(Path(folder, name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-        source = PUBLISHED[config.model_type] if published else folder
+        source, revision = hub.pinned(PUBLISHED[config.model_type]) if published else (folder, None)
     with hub.checked(f"tokenizer {source} for {folder}", source, ModelError, advice=f"pass tokenizer=, or {hub.AGAIN}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if published and len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"model {folder} has no tokenizer beside it, and {config.vocab_size} tokens, where {source} has "

@@ -20,10 +20,11 @@ from .errors import ProfileError
 from .evaluation import evaluate
 from .importance import perplexity
 from .inventory import describe
+from .lm_eval_tasks import task_facts
 from .plan import Plan
-from .pocket.tasks import TASKS, tasks_fingerprint
 from .prefix import taken_over
 from .profiles import DENSE, INVENTORY, RELEASED, SEARCH, SPEED, Profile, Strategy, Study
+from .public_texts import SOURCES
 from .records import DataFacts, Metric, Outcome, Record, Request
 from .removal import components, removed
 from .search import search
@@ -202,11 +203,7 @@ def _scores(bench: Workbench, study: str, setting: str, gone: Sequence[Cut]) -> 
 def evaluation_inputs(bench: Workbench) -> tuple[dict[str, Any], dict[str, DataFacts]]:
     """The settings and the data behind scores, as a record keeps them."""
     settings = bench.profile.evaluation
-    pocket = tuple(task for task in settings.task_names if task in TASKS)
-    data = {
-        "prose": facts(bench.prose),
-        "tasks": DataFacts(name=", ".join(settings.task_names), fingerprint=tasks_fingerprint(pocket)),
-    }
+    data = {"prose": facts(bench.prose), "tasks": task_facts(settings.task_names)}
     return {"tasks": settings.task_names, "limit": settings.limit, "prose": settings.prose.model_dump()}, data
 
 
@@ -223,4 +220,7 @@ def scores_of(bench: Workbench, model: PreTrainedModel) -> dict[str, Metric]:
 
 def facts(data: Calibration) -> DataFacts:
     """What a record keeps of text."""
-    return DataFacts(name=data.source["name"], fingerprint=data.fingerprint)
+    source = SOURCES.get(data.source["name"])
+    return DataFacts(
+        name=data.source["name"], revision=source.revision if source else None, fingerprint=data.fingerprint
+    )

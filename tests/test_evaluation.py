@@ -16,8 +16,9 @@ from shedder_utils import Calibration, Component, DataError, ModelError, evaluat
 from shedder_utils.evaluation import BOOTSTRAP
 from shedder_utils.families import random_model
 from shedder_utils.importance import perplexity
+from shedder_utils.lm_eval_tasks import loaded_tasks, task_facts
 from shedder_utils.pocket.items import requests
-from shedder_utils.pocket.tasks import load_rows, task_configs
+from shedder_utils.pocket.tasks import load_rows, task_configs, tasks_fingerprint
 from shedder_utils.pocket.tokenizer import load_tokenizer
 from shedder_utils.statistics import packed
 
@@ -123,7 +124,7 @@ def of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for i, config in enumerate(configs):
             (tmp_path / f"{i}.yaml").write_text(json.dumps(config))
         manager = TaskManager(include_path=tmp_path, include_defaults=False)
-        monkeypatch.setattr("shedder_utils.evaluation._lm_evals", lambda: manager)
+        monkeypatch.setattr("shedder_utils.lm_eval_tasks._lm_evals", lambda: manager)
 
     return give
 
@@ -149,6 +150,28 @@ def test_filters_have_scores_of_their_own(pocket_like: PreTrainedModel, of_lm_ev
         assert scores["filtered", metric] == scores["filtered", f"{metric},strict"] == expected
     with pytest.raises(DataError, match="task silent: lm-eval reports no metric of it"):
         evaluate(pocket_like, load_tokenizer(), ["silent"], limit=2, batch_size=2)
+
+
+def test_a_record_tells_of_other_items(tmp_path: Path, of_lm_eval: Any) -> None:
+    (piqa,) = task_configs(("pocket_piqa",))
+    rows = load_rows("pocket_piqa")
+
+    def given(name: str, rows: list[Any]) -> dict[str, Any]:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {**piqa, "task": name, "dataset_kwargs": {"data_files": {"test": str(file)}}}
+
+    other = [*rows[:-1], {**rows[-1], "goal": "To see another goal"}]
+    of_lm_eval(given("one", rows), given("other", other))
+    facts = {name: task_facts(("pocket_lambada", name)) for name in ("one", "other")}
+    assert facts["one"] == task_facts(("pocket_lambada", "one"))
+    assert facts["one"].fingerprint != facts["other"].fingerprint
+    of_lm_eval(given("one", other))
+    loaded_tasks.cache_clear()
+    assert task_facts(("pocket_lambada", "one")).fingerprint != facts["one"].fingerprint
+    loaded_tasks.cache_clear()
+    pocket = task_facts(("pocket_lambada",))
+    assert (pocket.fingerprint, pocket.revision) == (tasks_fingerprint(("pocket_lambada",)), None)
 
 
 def test_unknown_tasks_are_refused(pocket_like: PreTrainedModel) -> None:

@@ -35,9 +35,9 @@ from shedder_utils import (
     Removal,
     calibrate,
     evaluate,
-    evaluation,
     extract,
     instructions,
+    lm_eval_tasks,
     load_model,
     profiles,
     records,
@@ -47,6 +47,7 @@ from shedder_utils import (
 from shedder_utils.cost_plan import CostPlan
 from shedder_utils.families import random_model
 from shedder_utils.loading import fingerprint
+from shedder_utils.model_tokenizer import GPT_NEOX
 from shedder_utils.pocket.tokenizer import load_tokenizer
 from shedder_utils.public_texts import public_texts
 from shedder_utils.schedule import Schedule
@@ -119,7 +120,7 @@ def loaded(ref: str) -> Any:
 def task(name: str) -> Any:
     """A task of lm-eval with its data, read as `evaluate` reads it."""
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / name))
-    return evaluation._from_hub(manager, name)["tasks"][name]
+    return lm_eval_tasks.from_hub(manager, name)["tasks"][name]
 
 
 @pytest.mark.parametrize("ref", FORMATS)
@@ -150,6 +151,8 @@ def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
     assert (falcon.eos_token, falcon.eos_token_id) == ("<|endoftext|>", len(FALCON_WORDS.split()))
     assert llama("Anna").input_ids[0] == llama.bos_token_id == 1
     assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", LLAMA_VOCABULARY, "left")
+    neox_asked = [line for line in whole_hub.requests if "EleutherAI/gpt-neox-20b" in line]
+    assert all(GPT_NEOX.partition("@")[2] in line for line in neox_asked if "/resolve/" in line)
     for tokenizer in found.values():
         assert (
             tokenizer.decode(tokenizer("Anna took the lamp.", add_special_tokens=False).input_ids)
@@ -173,10 +176,14 @@ def test_every_task_and_text_of_the_paper_is_there(whole_hub: Hub) -> None:
     for name in ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande"):
         for one in {"arc": ["arc_easy", "arc_challenge"], "lambada": ["lambada_openai"]}.get(name, [name]):
             manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / name))
-            scored = evaluation._from_hub(manager, one)["tasks"][one]
+            scored = lm_eval_tasks.from_hub(manager, one)["tasks"][one]
             document = next(iter(scored.eval_docs))
             assert scored.doc_to_target(document) is not None
             assert scored.doc_to_text(document) is not None
+            asked = [line for line in whole_hub.requests if f"/{scored.DATASET_PATH}/" in line]
+            commit = lm_eval_tasks.REVISIONS[scored.DATASET_PATH]
+            assert any(commit in line for line in asked)
+            assert not [line for line in asked if "/revision/main" in line or "/resolve/main" in line]
     assert len(public_texts("alpaca")) >= 256
     assert len(public_texts("wikitext-2")) >= 512
 
