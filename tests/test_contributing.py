@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from test_readme import GUIDE, blocks
+from test_readme import GUIDE, ROOT, blocks
 from transformers import BambaConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -116,3 +116,10 @@ def test_the_added_study_runs_and_has_rows_of_the_paper(tmp_path: Path) -> None:
     added = frame[frame["stands_for"].isin(rows.values()) & frame["pruned"].isin(rows)]
     assert set(added["pruned"]) == set(rows)
     assert added["paper"].notna().all()
+
+
+def test_the_whole_rehearsal_is_scheduled() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "rehearsal.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert workflow[True]["schedule"]  # YAML reads the key `on` as a truth value
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make setup", "make rehearse"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,19 +34,23 @@ from shedder_utils import (
     ModelError,
     Plan,
     Removal,
+    Stage,
     calibrate,
     evaluate,
     extract,
     instructions,
     lm_eval_tasks,
     load_model,
+    perplexity,
     profiles,
     records,
+    removed,
     save_pruned,
     search,
 )
 from shedder_utils.cost_plan import CostPlan
 from shedder_utils.families import random_model
+from shedder_utils.files import ROOT
 from shedder_utils.loading import fingerprint
 from shedder_utils.model_tokenizer import GPT_NEOX
 from shedder_utils.pocket.tokenizer import load_tokenizer
@@ -124,12 +129,12 @@ def task(name: str) -> Any:
 
 
 @pytest.mark.parametrize("ref", FORMATS)
-def test_each_format_is_loaded_calibrated_and_scored(whole_hub: Hub, ref: str) -> None:
+def test_each_format_is_loaded_calibrated_searched_and_scored(whole_hub: Hub, ref: str) -> None:
     model_type, layers, gone = FORMATS[ref]
     model, tokenizer = loaded(ref)
     assert (model.config.model_type, model.config.num_hidden_layers) == (model_type, layers)
-    removed = [kind.split(":")[0] for kind in getattr(model.config, "pruned", {}).get("removed", [])]
-    assert {kind: removed.count(kind) for kind in removed} == gone
+    kinds = [kind.split(":")[0] for kind in getattr(model.config, "pruned", {}).get("removed", [])]
+    assert {kind: kinds.count(kind) for kind in kinds} == gone
     assert model.config._commit_hash == whole_hub.repositories["models", ref].commit
     calibration = calibrate("alpaca", tokenizer, samples=40, sequence_length=64)
     assert calibration.sequences > 2
@@ -140,6 +145,10 @@ def test_each_format_is_loaded_calibrated_and_scored(whole_hub: Hub, ref: str) -
     assert seen
     assert not any((ids[:, 0] == 1).any() for ids in seen if tokenizer.bos_token_id == 1), "a begin token was added"
     assert not [asked for asked in whole_hub.requests if asked.startswith("GET") and asked.endswith(".py")]
+    kind = "hymba_block" if model_type == "hymba" else "mamba_block"
+    found = search(model, calibration, Stage(kind, 1), progress=False)
+    with removed(model, found.gone):
+        assert perplexity(model, calibration) == pytest.approx(found.scores[1], rel=1e-5)
 
 
 def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
@@ -352,6 +361,21 @@ def test_the_rehearsal_differs_in_limit_and_device_only(tmp_path: Path) -> None:
     assert ours == theirs.model_copy(update={**changed, "evaluation": limited})
 
 
+def test_a_quick_rehearsal_of_one_model_is_whole(
+    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of `make rehearse` on one model: search, scores, notebooks, tables, verdicts."""
+    (tmp_path / "files").symlink_to(files)
+    problems = rehearsal.rehearse(tmp_path, models="hymba-1.5b", studies="hymba_pruning", quick=True)
+    assert problems == [], capfd.readouterr().err[-2000:]
+    found = {(one.study, one.setting): one for one in records.find(tmp_path / "runs")}
+    order = Plan.model_validate(found["hymba_pruning", "search"].plan)
+    assert [len(one.model.removals) for one in found.values() if one.study == "hymba_pruning"] == [6, 7, 8, 0]
+    assert len(order) == 8
+    assert all(math.isfinite(score) for score in order.scores)
+    assert "not run at full width" in (tmp_path / "runs" / "figures" / "paper" / "claims.md").read_text()
+
+
 @pytest.mark.parametrize("problems", [[], ["dense/mamba-2.8b/scores is not recorded"]])
 def test_a_rehearsal_that_went_wrong_is_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: list[str]
@@ -379,3 +403,16 @@ def test_the_rehearsal_tells_of_passes_that_were_not_planned(tmp_path: Path, mor
     World(tmp_path, profile).store(job.study, job.model, "search", plan=made)
     complaint = f"block_pruning, smoke-mamba2: {job.passes + more} passes, planned {job.passes}"
     assert passes_amiss(plan, tmp_path) == ([complaint] if more else [])
+
+
+def test_the_recorded_searches_made_the_passes_that_are_planned(tmp_path: Path) -> None:
+    """Also where one kind takes from another, and with each draw of calibration data."""
+    profile = profiles.load("pocket")
+    plan = CostPlan(profile, Schedule(profile, tmp_path))
+    assert passes_amiss(plan, ROOT / "results") == []
+    place = {"profile": "pocket", "study": "joint_decode", "model": "pocket-mamba2", "setting": "search"}
+    (joint,) = records.find(ROOT / "results", **place)
+    counts = joint.plan["provenance"] | {"passes": joint.plan["provenance"]["passes"] - 1}
+    records.write(tmp_path, joint.model_copy(update={"plan": joint.plan | {"provenance": counts}}))
+    (complaint,) = passes_amiss(plan, tmp_path)
+    assert complaint.startswith(f"joint_decode, pocket-mamba2: {counts['passes']} passes, planned ")

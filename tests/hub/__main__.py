@@ -15,15 +15,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shedder_utils import Plan, notebooks, profiles, records
-from shedder_utils.cost_plan import CostPlan
+from shedder_utils.candidates import candidates
+from shedder_utils.components import PARTS
+from shedder_utils.cost_plan import CostPlan, Job
 from shedder_utils.files import ROOT
+from shedder_utils.profiles import CERTAINTY, SEARCH, Profile, ProfileModel, Strategy, Study
 from shedder_utils.schedule import Schedule, duration
+from shedder_utils.shapes import without_weights
 
 from .models import build_models
 from .server import Hub
@@ -68,17 +73,47 @@ def rehearse(folder: Path, *, models: str = "", studies: str = "", limit: int = 
 
 
 def passes_amiss(plan: CostPlan, runs: Path) -> list[str]:
-    """The searches that did not make the passes that were planned, or where kinds take from each other made more."""
+    """The searches that did not make the passes that were planned.
+
+    Where one kind takes from another, what was planned is what there are at most; how many there are is then counted
+    along the order that was found.
+    """
     found = []
     for job in plan.jobs:
-        file = records.path(runs, plan.profile.name, job.study, job.model, "search")
-        if job.what == "search" and file.exists():
-            made = Plan.model_validate(records.read(file).plan).provenance.get("passes", 0)
-            settings = plan.profile.searches[job.study]
-            exact = len(settings.stages) == 1 and settings.stages[0].group is None and "per" not in settings.options
-            if made > job.passes or (made < job.passes and exact):
-                found.append(f"{job.study}, {job.model}: {made} passes, planned {job.passes}")
+        for setting, planned, made in _passes(plan.profile, job, runs):
+            if made != planned:
+                found.append(f"{job.study}, {job.model}{setting}: {made} passes, planned {planned}")
     return found
+
+
+def _passes(profile: Profile, job: Job, runs: Path) -> Iterator[tuple[str, int, int]]:
+    """Of each recorded search of a job which it is, and the passes planned and made."""
+    if job.study == CERTAINTY:
+        for record in records.find(runs, profile=profile.name, study=CERTAINTY, model=job.model):
+            alone = sum(name.startswith("alone/") for name in record.metrics)
+            made = Plan.model_validate(record.plan).provenance["passes"] + alone
+            yield f", {record.setting}", job.passes // len(profile.certainty.draws), made
+    elif job.what == "search" and (file := records.path(runs, profile.name, job.study, job.model, SEARCH)).exists():
+        order, settings = Plan.model_validate(records.read(file).plan), profile.searches[job.study]
+        made = order.provenance.get("passes", 0)
+        exact = not made or settings.options.get("one_shot") or not takes_from_another(settings)
+        yield "", job.passes if exact else min(job.passes, passes_along(profile.models[job.model], order)), made
+
+
+def takes_from_another(study: Study | Strategy) -> bool:
+    """Whether what goes first decides what else may: kinds of several sizes, or parts of a component."""
+    kinds = {kind for stage in study.stages for kind in stage.kinds}
+    return len(kinds) > 1 or bool(PARTS.keys() & kinds)
+
+
+def passes_along(settings: ProfileModel, order: Plan) -> int:
+    """The candidates of each step that a search made itself, with what was gone by then."""
+    model, known = without_weights(settings), order.provenance.get("taken_over", {}).get("removals", 0)
+    return sum(
+        len(candidates(model, order.stages[removal.stage], order.first(step).gone))
+        for step, removal in enumerate(order.removals)
+        if step >= known
+    )
 
 
 def derived(file: Path, limit: int, quick: bool = False) -> Path:
