@@ -38,7 +38,7 @@ from .profiles import (
     Study,
 )
 from .schedule import Schedule
-from .search_memory import GIB, TOKENS_AT_ONCE, SearchMemory, default_gib, search_memory
+from .search_memory import GIB, TOKENS_AT_ONCE, SearchMemory, default_gib, layer_bytes, logits_bytes, search_memory
 from .shapes import trained_parameters, without_weights, work_per_token
 
 EFFICIENCY, BANDWIDTH = 0.3, 0.6
@@ -57,6 +57,8 @@ TASKS = {
 }  # fmt: skip
 """Of lm-eval's tasks: items, requests of each, and tokens of a request, about."""
 OTHER_TASK = (400, 4, 60)
+TOKENS_OF_A_REQUEST = 128
+"""Of the longest in a batch of them, about."""
 TIMED = "timed together"
 """What a job is that has memory and no hours."""
 ESTIMATED = {"block_influence": 2.0, "taylor": 6.0, "magnitude": 0.0, "random": 0.0}
@@ -277,12 +279,23 @@ class _Pricing:
             items, each, length = TASKS.get(task, OTHER_TASK)
             items = min(items, self.profile.evaluation.limit or items)
             tokens, requests = tokens + items * each * length, requests + items * each
-        batch, work = self.profile.evaluation.batch_size, work_per_token(self.model, 128)
+        batch, work = self.profile.evaluation.batch_size, work_per_token(self.model, TOKENS_OF_A_REQUEST)
         moved = requests / batch * self.weights + tokens * len(work.layers) * work.traffic * self.number_bytes
         return Job(
             study, self.name, "evaluation" if count == 1 else f"{count} evaluations", 0, count * tokens * work.whole,
-            count * moved, (self.weights + 4 * 3 * batch * 128 * self.model.config.vocab_size) / GIB,
+            count * moved, (self.weights + max(self._scoring(), self._prose())) / GIB,
         )  # fmt: skip
+
+    def _scoring(self) -> int:
+        """Bytes beside the weights while lm-eval scores a batch: of a layer, and of the logits in three forms."""
+        tokens = self.profile.evaluation.batch_size * TOKENS_OF_A_REQUEST
+        return layer_bytes(self.model, tokens) + 3 * 4 * tokens * self.model.config.vocab_size
+
+    def _prose(self) -> int:
+        """Bytes beside the weights while the perplexity of held-out prose is measured."""
+        prose = self.profile.evaluation.prose
+        tokens = prose.batch_size * prose.sequence_length
+        return max(layer_bytes(self.model, tokens), logits_bytes(self.model, tokens))
 
     def timings(self, study: str, compared: int) -> Job:
         """So many states of the model side by side, each as large as the dense one, which is more than they take."""

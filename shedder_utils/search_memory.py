@@ -132,15 +132,13 @@ def search_memory(
         most = min(1 + sum(births.values()), found.most)
         streams.append((most * batch, found.kept() * row * sequences))
     stack, kept = max(streams, key=sum, default=(batch, 0))
-    vocabulary: int = model.get_output_embeddings().out_features
-    tokens = min(LOGITS_AT_ONCE // vocabulary, batch_size * (sequence_length - 1))
     at_work = max(1, min(TOKENS_AT_ONCE, stack // row * sequence_length) // (batch_size * sequence_length))
     return SearchMemory(
         model=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         stack=stack,
         kept=kept,
-        layer=at_work * batch_size * sequence_length * _layer_width(model) * max(4, model.dtype.itemsize),
-        logits=2 * tokens * vocabulary * max(4, model.dtype.itemsize),
+        layer=layer_bytes(model, at_work * batch_size * sequence_length),
+        logits=logits_bytes(model, batch_size * (sequence_length - 1)),
         copies=_narrow_mixers(model, stages) * model.dtype.itemsize,
     )
 
@@ -166,10 +164,16 @@ def default_gib(device: torch.device) -> float:
     return min(_free_in_system(), _free_in_container()) / ranks_here() / 8 / GIB
 
 
-def _layer_width(model: PreTrainedModel) -> int:
-    """How many numbers a layer at work holds for each token: input, output, about three of the widest projection."""
+def layer_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """What a layer at work holds: for each token input, output, and about three of the widest projection."""
     widest = max(m.out_features for m in family_of(model).layers(model).modules() if isinstance(m, nn.Linear))
-    return 3 * widest + 2 * model.config.hidden_size
+    return tokens * (3 * widest + 2 * model.config.hidden_size) * max(4, model.dtype.itemsize)
+
+
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """What a loss holds of so many tokens: a slice of the logits, and their logarithms."""
+    vocabulary: int = model.get_output_embeddings().out_features
+    return 2 * min(LOGITS_AT_ONCE // vocabulary, tokens) * vocabulary * max(4, model.dtype.itemsize)
 
 
 def _free_in_system() -> int:

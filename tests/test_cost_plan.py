@@ -214,6 +214,58 @@ def test_memory_is_what_a_process_takes() -> None:
     assert measured == pytest.approx(planned, rel=0.2)
 
 
+SCORED_AND_TUNED = """
+import copy
+import ctypes
+import sys
+
+import torch
+
+from shedder_utils import kernels, recover, studies
+from shedder_utils.evaluation import evaluate
+from shedder_utils.provenance import _status_mib, peak_mib, reset_peak
+from shedder_utils.workbench import Workbench
+
+torch.set_num_threads(1)
+bench = Workbench(sys.argv[1], "smoke-mamba2", sys.argv[2])
+weights = sum(one.nbytes for one in bench.model.parameters()) / 2**20
+(table,) = bench.profile.recovery.tables.values()
+work = [
+    lambda: studies.scores_of(bench, bench.model),
+    lambda: recover(copy.deepcopy(bench.model), bench.tokenizer, "pocket-instructions", inplace=True, progress=False,
+                    **table.recipe.settings),
+]
+evaluate(bench.model, bench.tokenizer, bench.profile.evaluation.task_names, limit=2, batch_size=2)
+for option in (-3, -1):
+    ctypes.CDLL(None).mallopt(option, 2**17)  # what is freed goes back, as it came before the kernels were installed
+for do in work:
+    reset_peak()
+    before = _status_mib("VmRSS")
+    do()
+    print(peak_mib() - before + weights)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a part of a process's life")
+def test_scores_and_tunings_take_the_memory_that_is_planned(tmp_path: Path) -> None:
+    content = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text())
+    name, recipe = "smoke-mamba2", content["recovery"]["tables"][10]
+    recipe["recipe"] |= {"steps": 3, "batch_size": 4, "max_length": 256, "evaluate_every": 3}
+    content["models"][name]["random"] |= {"layers": 12, "hidden_size": 512}
+    content["evaluation"] |= {"limit": 16, "batch_size": 16, "tasks": content["evaluation"]["tasks"][:4]}
+    content["evaluation"]["prose"] |= {"samples": 1, "batch_size": 16, "sequence_length": 256}
+    file = tmp_path / "larger.yaml"
+    file.write_text(yaml.safe_dump(content | {"recovery": {**content["recovery"], "tables": {10: recipe}}}))
+    plan = CostPlan(profiles.load(file), Schedule(profiles.load(file), tmp_path, models=[name]))
+    planned = [next(job.gib * 1024 for job in plan.jobs if what in job.what) for what in ("evaluation", "tuning")]
+    ran = subprocess.run(
+        [sys.executable, "-c", SCORED_AND_TUNED, str(file), str(tmp_path)], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    measured = [float(line) for line in ran.stdout.splitlines() if line[0].isdigit()]
+    assert measured == [pytest.approx(peak, rel=0.2) for peak in planned]
+
+
 def test_work_is_what_a_pass_counts() -> None:
     for family in ("mamba", "mamba2", "hymba"):
         model = random_model(family=family, layers=4, hidden_size=32, seed=0, vocab_size=40)
