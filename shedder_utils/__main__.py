@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import commands
+from . import commands, profiles
 from .commands.options import finish, say
 from .commands.planning import warn_of_slow_scan
 from .errors import ShedderError
@@ -25,7 +25,7 @@ Output = Annotated[Path, typer.Option(help="The folder for records, tables, figu
 
 @app.command("run")
 def run_notebooks(
-    profile: Profile = "pocket",
+    profile: Profile = profiles.DEFAULT,
     models: Annotated[str, typer.Option(help="Only these models of the profile, separated by commas.")] = "",
     studies: Annotated[str, typer.Option(help="Only these studies, separated by commas.")] = "",
     output: Output = Path("runs"),
@@ -40,7 +40,7 @@ def run_notebooks(
 
 
 @app.command("report")
-def rebuild_report(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
+def rebuild_report(profile: Profile = profiles.DEFAULT, output: Output = Path("runs")) -> None:
     """Rebuild tables, figures and verdicts from the records, without a model, and say where they are."""
     from .report import build
 
@@ -48,7 +48,7 @@ def rebuild_report(profile: Profile = "pocket", output: Output = Path("runs")) -
 
 
 @app.command("verify")
-def verify_records(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
+def verify_records(profile: Profile = profiles.DEFAULT, output: Output = Path("runs")) -> None:
     """Check your records against the recorded ones and the paper, and that what is recorded is whole."""
     from .report.verify import summary, verify
 
@@ -62,7 +62,7 @@ def verify_records(profile: Profile = "pocket", output: Output = Path("runs")) -
 
 
 @app.command("record")
-def record_run(profile: Profile = "pocket", output: Output = Path("runs")) -> None:
+def record_run(profile: Profile = profiles.DEFAULT, output: Output = Path("runs")) -> None:
     """For maintainers: make a finished run the recorded one, ready to commit, and say which files were written."""
     from .recording import record
 

@@ -9,13 +9,15 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",
     "lm_eval": "lm_eval",
     "numba": "numba",
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
     "shedder_utils": "mamba-shedder-companion",
 }
 
@@ -25,13 +27,18 @@ class _Facts(BaseModel):
 
 
 class Environment(_Facts):
-    """Versions, hardware and the scan that ran: what may move a number without being an input of it."""
+    """Versions, hardware and the scan that ran: what may move a number without being an input of it.
+
+    mamba_ssm, causal_conv1d: not in a record where they are not installed.
+    """
 
     python: str
     torch: str | None
     transformers: str | None
     lm_eval: str | None
     numba: str | None
+    mamba_ssm: str | None = Field(default=None, exclude_if=lambda version: version is None)
+    causal_conv1d: str | None = Field(default=None, exclude_if=lambda version: version is None)
     shedder_utils: str | None
     device: str
     cpu: str

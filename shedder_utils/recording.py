@@ -29,7 +29,7 @@ RANDOM_ID = re.compile(r"\bT_[0-9a-f]{5}(?![0-9a-f])")
 """The identifier that pandas gives to a styled table, another one each time."""
 
 
-def record(profile: str = "pocket", root: str | Path = "runs", base: Path = ROOT) -> list[Path]:
+def record(profile: str = profiles.DEFAULT, root: str | Path = "runs", base: Path = ROOT) -> list[Path]:
     """Make the run under `root` the recorded one, and return the files written.
 
     base: the folder that holds `results`, `figures` and `notebooks`. Raises RecordError for a run that is not

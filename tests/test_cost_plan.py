@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from shedder_utils import (
     Stage,
     adapters,
     cost_plan,
+    devices,
     paper,
     profiles,
     search,
@@ -348,6 +350,23 @@ def test_models_and_studies_narrow_the_plan(tmp_path: Path) -> None:
     assert {(job.study, job.model) for job in plan.jobs} == {("dense", "mamba-2.8b"), ("ssm_pruning", "mamba-2.8b")}
     with pytest.raises(ProfileError, match="model 'mamba-3b' is not in the profile: expected one of"):
         CostPlan(profile, Schedule(profile, tmp_path), ["mamba-3b"])
+
+
+@pytest.mark.parametrize(("gib", "too_large"), [(80, ""), (24, ", these do not: recovery of mamba2-2.7b")])
+def test_jobs_that_do_not_fit_the_gpu_here_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int, too_large: str
+) -> None:
+    monkeypatch.setattr(devices, "device_error", lambda _: None)
+    monkeypatch.setattr(devices, "slow_scan", lambda _: None)
+    gpu = SimpleNamespace(name="NVIDIA A100", total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    wanted = ["--models", "mamba2-2.7b", "--studies", "ssm_pruning,recovery"]
+    ran = CliRunner().invoke(app, ["plan", "--profile", "paper", *wanted, "--output", str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    jobs = json.loads(ran.stdout)["jobs"]
+    fitting = sum(job["gib"] <= gib for job in jobs)
+    assert (fitting == len(jobs)) == (not too_large)
+    assert f"on the NVIDIA A100 here {fitting} of {len(jobs)} jobs fit{too_large}\n" in ran.stderr
 
 
 def test_a_hub_model_needs_its_shape() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shedder_utils import kernels, records
+from shedder_utils import kernels, provenance, records
 from shedder_utils.errors import RecordError
 from shedder_utils.records import DataFacts, Metric, ModelFacts, Outcome, Request
 
@@ -51,6 +51,16 @@ def keep(tmp_path: Path) -> Callable[..., tuple[records.Record, bool]]:
         return records.recorded(tmp_path, request, compute)
 
     return run
+
+
+def test_versions_of_kernels_are_kept_where_there_are_any(tmp_path, keep, monkeypatch):
+    versions = {"mamba-ssm": "2.3.2.post1", "causal-conv1d": None}
+    monkeypatch.setattr(provenance, "_version", lambda package: versions.get(package, "1.0"))
+    record, _ = keep(request_for(), Run())
+    file = records.path(tmp_path, "smoke", "ssm_pruning", "toy", "removed_1")
+    assert records.read(file) == record
+    stored = json.loads(file.read_text())["environment"]
+    assert (stored["mamba_ssm"], "causal_conv1d" in stored) == ("2.3.2.post1", False)
 
 
 def test_record_reads_back_as_written(tmp_path, keep):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan_profile(
-    profile: Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")] = "pocket",
+    profile: Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")] = profiles.DEFAULT,
     models: Annotated[str, typer.Option(help="Only these models of the profile, separated by commas.")] = "",
     studies: Annotated[str, typer.Option(help="Only these studies, separated by commas.")] = "",
     output: Annotated[Path, typer.Option(help="The folder with your records, to see what is done.")] = Path("runs"),
@@ -47,12 +47,13 @@ def plan_profile(
 
 def _lines(plan: CostPlan) -> Iterator[str]:
     """The plan for people: downloads, one line for each study of each model, the sum, and what is done."""
-    from ..cost_plan import BANDWIDTH, EFFICIENCY
+    from ..cost_plan import BANDWIDTH, DATA_GB, EFFICIENCY
 
     yield f"profile {plan.profile.name}: {plan.profile.title}"
     parts = ", ".join(f"{name} {size:g} GB" for name, size in plan.downloads.items())
     tuning = f", {plan.checkpoints_gb:.1f} of them while a tuning runs" if plan.checkpoints_gb >= 1 else ""
-    yield f"download: {parts or 'nothing'}; disk: {plan.disk_gb:.1f} GB{tuning}"
+    parts = f"{parts}, data sets {DATA_GB:g} GB" if parts else "nothing"
+    yield f"download: {parts}; disk: {plan.disk_gb:.1f} GB{tuning}"
     heads = "".join(f"{device.name:>14}" for device in plan.devices)
     yield f"{'study':20} {'model':20} {'':16} {'passes':>7} {'PFLOP':>9} {'GiB':>6}{heads}"
     for job in plan.jobs:
@@ -102,8 +103,10 @@ def _found(plan: CostPlan) -> Iterator[str]:
         yield f"this machine has no GPU that torch can use ({error}): see {doctor}"
         return
     gpu = torch.cuda.get_device_properties(0)
-    fitting = [job for job in plan.jobs if job.gib <= gpu.total_memory / 2**30]
-    yield f"on the {gpu.name} here {len(fitting)} of {len(plan.jobs)} jobs fit"
+    too_large = [f"{job.study} of {job.model}" for job in plan.jobs if job.gib > gpu.total_memory / 2**30]
+    yield f"on the {gpu.name} here {len(plan.jobs) - len(too_large)} of {len(plan.jobs)} jobs fit" + (
+        f", these do not: {', '.join(dict.fromkeys(too_large))}" if too_large else ""
+    )
     yield from filter(None, [slow_scan("cuda")])
 
 

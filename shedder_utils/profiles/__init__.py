@@ -29,6 +29,8 @@ from .pruning import Study as Study
 from .strict import Settings as _Settings
 
 FOLDER = Path(__file__).parent
+DEFAULT = "pocket"
+"""The profile of whoever names none."""
 INVENTORY, DENSE, SPEED, RECOVERY = "inventory", "dense", "speed", "recovery"
 """The names of the studies beside the pruning studies: what models hold, how they score as they are, how fast they are
 with parts removed, and tuned again."""

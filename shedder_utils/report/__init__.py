@@ -44,7 +44,7 @@ BEYOND: dict[int | str, Callable[[Runs, Runs], Table]] = {
 
 def table(
     number: int | str,
-    profile: str | Path | Profile = "pocket",
+    profile: str | Path | Profile = profiles.DEFAULT,
     root: str | Path = "runs",
     recorded: str | Path = "results",
 ) -> Table:
@@ -71,7 +71,7 @@ def table(
     return tables.pruning_table(number, Runs(settings, root), Runs(settings, recorded))
 
 
-def figure(number: int | str, profile: str | Path | Profile = "pocket", root: str | Path = "runs") -> Drawing:
+def figure(number: int | str, profile: str | Path | Profile = profiles.DEFAULT, root: str | Path = "runs") -> Drawing:
     """Figure 1 (what is removable), 2 (Mamba blocks), 3 (SSMs), 4 (calibration perplexity), or one that is named.
 
     Those are "speedup", "recovery", and "pareto": accuracy against measured time for all strategies.
@@ -84,7 +84,7 @@ def figure(number: int | str, profile: str | Path | Profile = "pocket", root: st
 
 
 def verdicts(
-    ids: Sequence[str] | None = None, profile: str | Path | Profile = "pocket", root: str | Path = "runs"
+    ids: Sequence[str] | None = None, profile: str | Path | Profile = profiles.DEFAULT, root: str | Path = "runs"
 ) -> Verdicts:
     """The verdicts on some of the paper's claims, such as ["C1"], or on all."""
     return claims.judge(Runs(profiles.load(profile), root), ids)
@@ -96,7 +96,7 @@ def provenance(profile: str | Path | Profile, root: str | Path, study: str) -> T
 
 
 def build(
-    profile: str | Path | Profile = "pocket",
+    profile: str | Path | Profile = profiles.DEFAULT,
     root: str | Path = "runs",
     recorded: str | Path = "results",
     folder: str | Path | None = None,

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..errors import DataError
+from ..provenance import Environment
 from ..records import Record
 from ..schedule import steps
 from .rendering import DASH, Table
 from .runs import Runs
 
 VERSIONS = ("python", "torch", "transformers", "lm_eval", "numba")
+OF_KERNELS = ("mamba_ssm", "causal_conv1d")
 
 
 def provenance(runs: Runs, study: str) -> Table:
@@ -38,13 +40,12 @@ def _facts(found: list[Record]) -> dict[str, str]:
     """The facts of a model's records; where they disagree, all that occur."""
     roles = sorted({role for record in found for role in record.data})
     data = {role: [record.data[role] for record in found if role in record.data] for role in roles}
-    versions = [", ".join(f"{name} {getattr(run.environment, name) or DASH}" for name in VERSIONS) for run in found]
     machines = [run.environment for run in found]
     return {
         "weights": _all(f"{run.model.ref} {run.model.fingerprint[:12]}, {run.model.dtype}" for run in found),
         "parameters": _all(f"{run.model.parameters_dense:,}" for run in found),
         **{f"data: {role}": _all(f"{one.name} {one.fingerprint[:12]}" for one in data[role]) for role in roles},
-        "versions": _all(versions),
+        "versions": _all(map(_versions, machines)),
         "device": _all(f"{machine.device}: {machine.cpu}, {machine.threads} threads" for machine in machines),
         "scan": _all(machine.scan for machine in machines),
         "runs": f"{len(found)}",
@@ -52,6 +53,11 @@ def _facts(found: list[Record]) -> dict[str, str]:
         "peak memory": f"{max(run.cost.peak_mib for run in found):,.0f} MiB",
         "commit": _all(_commit(run) for run in found),
     }
+
+
+def _versions(machine: Environment) -> str:
+    kernels = [name for name in OF_KERNELS if getattr(machine, name)]
+    return ", ".join(f"{name} {getattr(machine, name) or DASH}" for name in (*VERSIONS, *kernels))
 
 
 def _commit(record: Record) -> str:

@@ -25,7 +25,7 @@ def write(base: Path = ROOT) -> Path:
     return file
 
 
-def rendered(text: str, recorded: str | Path = "results", profile: str = "pocket") -> str:
+def rendered(text: str, recorded: str | Path = "results", profile: str = profiles.DEFAULT) -> str:
     """A text with each block between marks as the records have it. Raises KeyError for a block of another name."""
     return BLOCK.sub(lambda found: f"{found['begin']}{BLOCKS[found['name']](profile, recorded)}\n{found['end']}", text)
 

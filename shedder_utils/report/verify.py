@@ -47,7 +47,9 @@ class Finding:
         return f"{self.level:8}{self.where}: {self.what}"
 
 
-def verify(profile: str | Path | Profile = "pocket", root: str | Path = "runs", base: Path = ROOT) -> list[Finding]:
+def verify(
+    profile: str | Path | Profile = profiles.DEFAULT, root: str | Path = "runs", base: Path = ROOT
+) -> list[Finding]:
     """What is wrong with, and what differs between, your records under `root` and those recorded under `base`.
 
     base: the folder that holds `results`, `figures` and `notebooks`. A root without records of the profile is fine:
