@@ -195,6 +195,7 @@ def test_every_task_and_text_of_the_paper_is_there(whole_hub: Hub) -> None:
             assert not [line for line in asked if "/revision/main" in line or "/resolve/main" in line]
     assert len(public_texts("alpaca")) >= 256
     assert len(public_texts("wikitext-2")) >= 512
+    assert len(public_texts("c4")) == len(public_texts("ptb")) == 600
 
 
 def test_the_environment_alone_leads_there(files: Path, tmp_path: Path) -> None:

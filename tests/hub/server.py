@@ -22,6 +22,8 @@ LARGE = (".bin", ".safetensors", ".parquet", ".json.gz")
 """What the Hub keeps as large files: these are named by the sha256 of their content, others as git does it."""
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+BRANCHES = ("main", "refs/convert/parquet")
+"""Other than a commit, what a revision may be: the second has the Hub's own conversion of a data set."""
 
 
 class Repository:
@@ -41,10 +43,10 @@ class Repository:
         return hashlib.sha1(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
 
     def has(self, revision: str) -> bool:
-        return revision == "main" or re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+        return revision in BRANCHES or re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
     def commit_of(self, revision: str) -> str:
-        return self.commit if revision == "main" else revision
+        return self.commit if revision in BRANCHES else revision
 
     def tree(self, within: str, recursive: bool) -> list[dict[str, Any]]:
         """The files and folders under a folder, "" for all."""
@@ -138,13 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(asked.path)
         self.hub.requests.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        if found := API.fullmatch(path):
+        if found := API.fullmatch(asked.path):
             if self.hub.fault(path) == "busy":
                 self._send(503, b"busy")
             else:
-                self._api(*found.groups(), parse_qs(asked.query), body)
-        elif found := FILE.fullmatch(path):
-            self._file("datasets" if found[1] else "models", found[2], found[3], found[4])
+                self._api(*(part and unquote(part) for part in found.groups()), parse_qs(asked.query), body)
+        elif found := FILE.fullmatch(asked.path):
+            self._file("datasets" if found[1] else "models", *map(unquote, found.groups()[1:]))
         else:
             self._send(404, b"no such page")
 

@@ -5,6 +5,7 @@ Tables are parquet or JSON, and the README's front matter says which file belong
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -80,6 +81,18 @@ def blank(rng: random.Random) -> Row:
     return {"sentence": text, "option1": one, "option2": other, "answer": rng.choice("12")}
 
 
+def page(rng: random.Random) -> Row:
+    return {
+        "text": f"{sentence(rng)} {sentence(rng)}",
+        "timestamp": "2019-04-25T12:57:54Z",
+        "url": "https://example.org",
+    }
+
+
+def newspaper(rng: random.Random) -> Row:
+    return {"sentence": sentence(rng).lower().removesuffix(".")}
+
+
 THREE = {"train": 12, "validation": 12, "test": 12}
 DATA: dict[str, tuple[Callable[[random.Random], Row], dict[str, dict[str, int]], str]] = {
     "tatsu-lab/alpaca": (instruction, {"default": {"train": 2600}}, "parquet"),
@@ -87,6 +100,8 @@ DATA: dict[str, tuple[Callable[[random.Random], Row], dict[str, dict[str, int]],
     "Salesforce/wikitext": (
         prose, {f"wikitext-{size}-raw-v1": {"test": 1000, "validation": 20} for size in (103, 2)}, "parquet"
     ),
+    "allenai/c4": (page, {"en": {"train": 12, "validation": 600}}, "json.gz"),
+    "ptb-text-only/ptb_text_only": (newspaper, {"penn_treebank": {"test": 600, "validation": 20}}, "converted"),
     "EleutherAI/lambada_openai": (passage, {"default": {"test": 12}, "en": {"test": 12}}, "jsonl"),
     "Rowan/hellaswag": (ending, {"default": THREE}, "parquet"),
     "baber/piqa": (goal, {"default": THREE}, "parquet"),
@@ -97,6 +112,10 @@ DATA: dict[str, tuple[Callable[[random.Random], Row], dict[str, dict[str, int]],
 """By id: how a row is made, how many there are in each configuration and split, and the format."""
 
 
+UNREAD = ("allenai/c4", "ptb-text-only/ptb_text_only")
+"""Data that no profile names."""
+
+
 def build_data(folder: Path) -> None:
     """Write all data sets into `folder/datasets/<owner>/<name>/`."""
     for name, (make, configurations, kind) in DATA.items():
@@ -104,26 +123,38 @@ def build_data(folder: Path) -> None:
         for configuration, splits in configurations.items():
             files = []
             for split, n_rows in splits.items():
-                path = f"{'data' if configuration == 'default' else configuration}/{split}-00000-of-00001.{kind}"
+                path = _path(configuration, split, kind)
                 _write(repository / path, [make(rng) for _ in range(n_rows)], kind)
                 files.append({"split": split, "path": path})
             described.append({"config_name": configuration, "data_files": files})
-        (repository / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n\n# {name}\n")
+        if kind != "converted":
+            (repository / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n\n# {name}\n")
+
+
+def _path(configuration: str, split: str, kind: str) -> str:
+    """Where a split lies: c4 in many files, of which there is one here, a conversion in a folder for each split."""
+    if kind == "json.gz":
+        return f"{configuration}/c4-{split}.00000-of-00008.{kind}"
+    if kind == "converted":
+        return f"{configuration}/{split}/0000.parquet"
+    return f"{'data' if configuration == 'default' else configuration}/{split}-00000-of-00001.{kind}"
 
 
 def _write(file: Path, rows: list[Row], kind: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "parquet":
+    if kind in ("parquet", "converted"):
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif kind == "json":
         file.write_text(json.dumps(rows))
     else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file.write_bytes(gzip.compress(lines, mtime=0) if kind == "json.gz" else lines)
 
 
 def corpus() -> Iterator[str]:
-    """Text that tokenizers are trained on."""
-    for make, _, _ in DATA.values():
+    """Text that tokenizers are trained on: of what the profiles read, so that its tokens are as many as they need."""
+    read = (make for name, (make, _, _) in DATA.items() if name not in UNREAD)
+    for make in read:
         rng = random.Random(0)
         for _ in range(40):
             yield WITHOUT_INPUT
