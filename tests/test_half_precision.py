@@ -1,13 +1,17 @@
-"""Half precision: where a search departs from float32's order, it does so between candidates that float32 ties."""
+"""Half precision: a profile runs in it, and a search departs from float32's order where float32 ties candidates."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
-from shedder_utils import Stage, calibrate, load_model, perplexity, removed, search
+from shedder_utils import Stage, calibrate, load_model, perplexity, profiles, records, removed, search, studies
+from shedder_utils.recovery_study import recovery
 from shedder_utils.statistics import ROUNDING
+from shedder_utils.workbench import Workbench
 
 ORDERS = [
     ("pocket-mamba", "ssm", 3), ("pocket-mamba2", "ssm", 1), ("pocket-zamba2", "mamba_block", 1),
@@ -31,3 +35,22 @@ def test_the_order_of_bfloat16_departs_from_float32s_at_a_tie(ref: str, kind: st
                 costs = math.log(perplexity(model, calibration)) - math.log(exact.scores[place + 1])
             assert 0 <= costs <= ROUNDING["bfloat16"]
             break
+
+
+def test_a_profile_in_bfloat16_searches_scores_times_and_tunes(tmp_path: Path) -> None:
+    content, name = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text()), "smoke-mamba2"
+    content["models"][name] = {"ref": "pocket-mamba2", "family": "Mamba-2", "paper": "mamba2-2.7b"}
+    file = tmp_path / "half.yaml"
+    file.write_text(yaml.safe_dump(content | {"dtype": "bfloat16"}))
+    bench = Workbench(file, name, tmp_path / "runs")
+    scores = studies.pruning(bench, "ssm_pruning")
+    speed, tuned = studies.speed(bench, 7), recovery(bench, 10)
+    found = records.find(tmp_path / "runs")
+    assert {record.study for record in found} == {"dense", "ssm_pruning", "speed", "recovery"}
+    assert {record.model.dtype for record in found} == {"bfloat16"}
+    for record in (*scores.values(), speed, *tuned.values()):
+        assert all(math.isfinite(metric.value) for metric in record.metrics.values())
+    assert speed.metrics["0/bytes"].value == 2 * scores[0].model.parameters_dense
+    losses = [record.metrics["held_out_loss/4"].value for state, record in tuned.items() if "tuned" in state]
+    assert len(losses) == 2
+    assert all(0 < loss < 2 for loss in losses)  # of 8.3 nats for a model that knows nothing
