@@ -61,7 +61,8 @@ def check_alone() -> None:
 def stop() -> None:
     """Leave the other processes, at the end of what was begun with `start`."""
     if dist.is_initialized():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is _stopped:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group()
 
 
@@ -122,16 +123,21 @@ def _in_touch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ShedderError(_lost("has ended or cannot be reached")) from error
+        raise _lost("has ended or cannot be reached") from error
 
 
 def _stopped(*_: Any) -> None:
     """torchrun ends the ranks that are left when one of them has died."""
-    raise ShedderError(_lost("has ended, and torchrun stops the others"))
+    raise _lost("has ended, and torchrun stops the others")
 
 
-def _lost(what: str) -> str:
-    return (
+def _lost(what: str) -> ShedderError:
+    """What a rank ends with that has lost another one.
+
+    From here on it does not heed torchrun, which would end it before it has said so, and kills it soon if it does not.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return ShedderError(
         f"rank {rank()} of {ranks()} stops: another process of this run {what}; look for its last message, then give "
         "the same command again: a search goes on from its last step"
     )
