@@ -59,7 +59,7 @@ record: $(READY)  ## for maintainers: make a finished run of committed code the 
 test: lint  ## check style and types, then run the tests
 	@$(BIN)/python -m pytest -q
 
-rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (some three hours; QUICK=1: one; goes on where it stopped)
+rehearse: $(READY)  ## run all of the paper profile on a stand-in for the Hub, with small models (some three hours; QUICK=1: under one; goes on where it stopped)
 	@$(BIN)/python -m tests.hub --models "$(MODELS)" --studies "$(STUDIES)" $(if $(QUICK),--quick)
 
 lint: $(READY)  ## check style and types only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,14 +14,27 @@ import typer
 from . import commands, profiles
 from .commands.options import finish, say
 from .commands.planning import warn_of_slow_scan
-from .errors import ShedderError
+from .errors import ModelError, ShedderError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Mamba-Shedder, reproduced.", pretty_exceptions_enable=False
 )
 
+SHARED = ("search", "evaluate")
+"""The commands that several processes can share; each would do all of the work of another."""
+
 Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")]
 Output = Annotated[Path, typer.Option(help="The folder for records, tables, figures and notebooks.")]
+
+
+@app.callback()
+def check_alone(context: typer.Context) -> None:
+    """Mamba-Shedder, reproduced."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand not in SHARED:
+        raise ModelError(
+            f"torchrun or accelerate started several processes, which only {' and '.join(SHARED)} can share: give this "
+            "command to python alone"
+        )
 
 
 @app.command("run")
@@ -31,10 +45,8 @@ def run_notebooks(
     output: Output = Path("runs"),
 ) -> None:
     """Run the studies that are not recorded yet, through the notebooks, and say where tables and figures are."""
-    from .distributed import check_alone
     from .notebooks import run
 
-    check_alone()
     warn_of_slow_scan(profile)
     _written(profile, run(profile, models=_names(models), studies=_names(studies), output=output))
 

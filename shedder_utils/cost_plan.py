@@ -273,7 +273,7 @@ class _Pricing:
         )  # fmt: skip
 
     def evaluations(self, study: str, count: int) -> Job:
-        """So many evaluations of the model with all tasks."""
+        """So many evaluations of the model with all tasks; on a CPU the C library keeps freed memory beside that."""
         tokens, requests = 0, 0
         for task in self.profile.evaluation.task_names:
             items, each, length = TASKS.get(task, OTHER_TASK)

@@ -49,15 +49,6 @@ def start(device: str = "cpu") -> str:
     return device
 
 
-def check_alone() -> None:
-    """Raises ModelError for a process among several that did not join the others: each would do all of the work."""
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        raise ModelError(
-            "torchrun or accelerate started several processes, which only search and evaluate can share: give this "
-            "command to python alone"
-        )
-
-
 def stop() -> None:
     """Leave the other processes, at the end of what was begun with `start`."""
     if dist.is_initialized():
@@ -136,7 +127,8 @@ def _lost(what: str) -> ShedderError:
 
     From here on it does not heed torchrun, which would end it before it has said so, and kills it soon if it does not.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGTERM) is _stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return ShedderError(
         f"rank {rank()} of {ranks()} stops: another process of this run {what}; look for its last message, then give "
         "the same command again: a search goes on from its last step"

@@ -1,7 +1,7 @@
 """Evaluation: lm-eval's own numbers, with their standard errors, for a model in memory.
 
-The model runs through lm-eval's `evaluate` and `HFLM`; nothing of the harness is replaced, and several processes share
-the items (`harness.py`). Its `simple_evaluate` would read the thousands of task files that come with it and describe
+The model runs through lm-eval's `evaluate` and `HFLM`; several processes share the
+items (`harness.py`). Its `simple_evaluate` would read the thousands of task files that come with it and describe
 the whole machine each time a model is scored, which takes longer than scoring a small one. Which metric of a task is a
 column of the paper's tables stands in a profile (`paper.yaml`, metric_seven).
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .distributed import on_first
 from .errors import DataError
 from .importance import finite
 from .lm_eval_tasks import loaded_tasks
@@ -63,7 +64,7 @@ def evaluate(
     """Score a model with lm-eval, zero-shot, on pocket tasks or lm-eval's own.
 
     limit: items per task, None for all. batch_size: sequences at a time; "auto" lets lm-eval find one. Where accelerate
-    or torchrun started several processes (`distributed.py`), every one has to call this, and gets the same scores.
+    or torchrun started several processes (`distributed.start`), every one has to call this, and gets the same scores.
     Raises DataError for a task that does not exist, whose data cannot be read, or that has no metric, and ModelError
     where the logits of a model that is not masked are no numbers, for lm-eval would score them all the same.
     """
@@ -71,6 +72,7 @@ def evaluate(
 
     from .harness import Harness
 
+    on_first(lambda: bool(loaded_tasks(tuple(tasks))))  # the others find its data in the cache
     loaded = loaded_tasks(tuple(tasks))
     with _quick(), nullcontext() if is_masked(model) else _refusing_overflow(model):
         harness = Harness(

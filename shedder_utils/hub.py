@@ -129,8 +129,8 @@ def _intact(stored: Path) -> bool:
 def _refuse_damaged(what: str, damaged: list[Path], error: type[ShedderError]) -> None:
     """Delete damaged files and raise `error`, if there are any."""
     for file in damaged:
-        file.resolve().unlink()
-        file.unlink()
+        file.resolve().unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     if damaged:
         raise error(
             f"{what}: {damaged[0].name} was fetched, but does not have the hash that the Hub announced: it is deleted, "

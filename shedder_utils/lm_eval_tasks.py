@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from . import hub
@@ -50,7 +52,8 @@ def loaded_tasks(tasks: tuple[str, ...]) -> Any:
 def task_facts(names: Sequence[str]) -> DataFacts:
     """What a record keeps of the tasks' data: of pocket tasks their files, of lm-eval's own the items to be answered.
 
-    The revision is each pinned data set with its commit. Raises DataError as `loaded_tasks` does.
+    The revision is each data set with the commit that it was read at. Raises DataError as `loaded_tasks` does: data have
+    to be there even where all scores are recorded, for a record is only good for the same items.
     """
     pocket = tuple(name for name in names if name in TASKS)
     fingerprint, revisions = tasks_fingerprint(pocket), dict[str, None]()
@@ -59,10 +62,17 @@ def task_facts(names: Sequence[str]) -> DataFacts:
         for name, task in loaded_tasks(tuple(names))["tasks"].items():
             if name not in TASKS:
                 digest.update(f"{name}:{_items_fingerprint(task)}".encode())
-                if task.DATASET_PATH in REVISIONS:
-                    revisions[f"{task.DATASET_PATH}@{REVISIONS[task.DATASET_PATH]}"] = None
+                if commit := _commit(task):
+                    revisions[f"{task.DATASET_PATH}@{commit}"] = None
         fingerprint = digest.hexdigest()
     return DataFacts(name=", ".join(names), revision=", ".join(revisions) or None, fingerprint=fingerprint)
+
+
+def _commit(task: Any) -> str | None:
+    """The commit that a task's data were read at, after which `datasets` names its folder; None for local files."""
+    files = [file for split in task.dataset.values() for file in getattr(split, "cache_files", [])]
+    folders = {Path(file["filename"]).parent.name for file in files}
+    return next((name for name in sorted(folders) if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 @cache

@@ -223,7 +223,7 @@ import sys
 
 import torch
 
-from shedder_utils import kernels, recover, studies
+from shedder_utils import recover, studies
 from shedder_utils.evaluation import evaluate
 from shedder_utils.provenance import _status_mib, peak_mib, reset_peak
 from shedder_utils.workbench import Workbench
@@ -239,7 +239,7 @@ work = [
 ]
 evaluate(bench.model, bench.tokenizer, bench.profile.evaluation.task_names, limit=2, batch_size=2)
 for option in (-3, -1):
-    ctypes.CDLL(None).mallopt(option, 2**17)  # what is freed goes back, as it came before the kernels were installed
+    ctypes.CDLL(None).mallopt(option, 2**17)  # what is freed goes back at once: what is kept is not in the plan
 for do in work:
     reset_peak()
     before = _status_mib("VmRSS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,13 +99,15 @@ def test_the_command_finds_the_plan_of_one_and_says_so_once(tiny: Path, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"one.json", "two.json"}
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", "0"]  # fmt: skip
 SCORED = ["--tasks", "pocket_lambada,pocket_piqa,pocket_winogrande", "--limit", "7", "--batch-size", "4"]
 
 
 def test_evaluate_shares_the_items_and_finds_the_scores_of_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     command = [*ACCELERATE, "-m", "shedder_utils", "evaluate", tiny, *SCORED, "--output", tmp_path / "two.json"]
-    two = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    nobodys = os.environ | {"HF_HOME": str(tmp_path)}  # where accelerate looks for a configuration
+    two = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=nobodys)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("\n") == 1
     assert two.stderr.count("evaluating pocket_lambada") == 1
@@ -117,8 +120,15 @@ def test_evaluate_shares_the_items_and_finds_the_scores_of_one(tiny: Path, tmp_p
         assert found["scores"][task] == {name: pytest.approx(score, rel=1e-5) for name, score in metrics.items()}
 
 
-@pytest.mark.parametrize("command", [["benchmark", "MODEL", "OTHER"], ["run", "--profile", "smoke"]])
-def test_what_is_not_shared_is_refused_under_torchrun(groups: list[Any], command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmark", "MODEL", "OTHER"], ["run", "--profile", "smoke"], ["extract", "MODEL", "PLAN", "FOLDER"],
+        ["recover", "MODEL", "--output", "FOLDER"], ["report"],
+    ],
+)  # fmt: skip
+def test_what_is_not_shared_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     code, out, _ = call(*command)
     assert (code, out) == (
         "error: torchrun or accelerate started several processes, which only search and evaluate can share: give this "

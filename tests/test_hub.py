@@ -161,7 +161,9 @@ def test_tokens_are_those_of_the_published_tokenizers(whole_hub: Hub) -> None:
     assert llama("Anna").input_ids[0] == llama.bos_token_id == 1
     assert (llama.pad_token, llama.pad_token_id, llama.padding_side) == ("[PAD]", LLAMA_VOCABULARY, "left")
     neox_asked = [line for line in whole_hub.requests if "EleutherAI/gpt-neox-20b" in line]
-    assert all(GPT_NEOX.partition("@")[2] in line for line in neox_asked if "/resolve/" in line)
+    resolved = [line for line in neox_asked if "/resolve/" in line]
+    assert resolved
+    assert all(GPT_NEOX.partition("@")[2] in line for line in resolved)
     for tokenizer in found.values():
         assert (
             tokenizer.decode(tokenizer("Anna took the lamp.", add_special_tokens=False).input_ids)
@@ -193,6 +195,7 @@ def test_every_task_and_text_of_the_paper_is_there(whole_hub: Hub) -> None:
             commit = lm_eval_tasks.REVISIONS[scored.DATASET_PATH]
             assert any(commit in line for line in asked)
             assert not [line for line in asked if "/revision/main" in line or "/resolve/main" in line]
+            assert lm_eval_tasks._commit(scored) == commit
     assert len(public_texts("alpaca")) >= 256
     assert len(public_texts("wikitext-2")) >= 512
     assert len(public_texts("c4")) == len(public_texts("ptb")) == 600

@@ -36,7 +36,7 @@ def evaluate_model(
 ) -> None:
     """Score a model, dense or pruned, with lm-eval: every metric with its standard error and number of items.
 
-    accelerate and torchrun spread it over GPUs: accelerate launch --num_processes 4 -m shedder_utils evaluate ...
+    accelerate and torchrun spread it over GPUs: accelerate launch --multi_gpu -m shedder_utils evaluate ...
     """
     from .. import distributed
     from ..evaluation import evaluate

@@ -58,8 +58,8 @@ def _load(ref: str, device: str, dtype: str, tokenizer: str | bool | None) -> An
 
     if dtype and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
-    distributed.check_alone()
-    say(f"loading {ref}")
+    if distributed.rank() == 0:
+        say(f"loading {ref}")
     found = load_model(ref, device=device, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer)
     if warning := slow_scan(device):
         say(warning)

@@ -2,8 +2,8 @@
 
 What differs from `make reproduce PROFILE=paper` is a copy of the profile with a limit on items and the CPU as device,
 on which float16 would be slow, and two variables of the environment: HF_ENDPOINT, and HF_HOME for an empty cache. With
---quick also calibration and prose are short, and then it takes an hour rather than many. What was stopped, or went
-wrong, lies in `runs/` and is gone on from; what went well is deleted.
+--quick also calibration and prose are short, and then it takes less than an hour rather than three. What was stopped,
+or went wrong, lies in `runs/` and is gone on from; what went well is deleted.
 """
 
 from __future__ import annotations
