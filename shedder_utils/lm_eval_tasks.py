@@ -52,8 +52,8 @@ def loaded_tasks(tasks: tuple[str, ...]) -> Any:
 def task_facts(names: Sequence[str]) -> DataFacts:
     """What a record keeps of the tasks' data: of pocket tasks their files, of lm-eval's own the items to be answered.
 
-    The revision is each data set with the commit that it was read at. Raises DataError as `loaded_tasks` does: data have
-    to be there even where all scores are recorded, for a record is only good for the same items.
+    The revision is each data set with the commit that it was read at. Raises DataError as `loaded_tasks` does: data
+    have to be there even where all scores are recorded, for a record is only good for the same items.
     """
     pocket = tuple(name for name in names if name in TASKS)
     fingerprint, revisions = tasks_fingerprint(pocket), dict[str, None]()
