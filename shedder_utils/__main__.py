@@ -29,7 +29,7 @@ Output = Annotated[Path, typer.Option(help="The folder for records, tables, figu
 
 @app.callback()
 def check_alone(context: typer.Context) -> None:
-    """Mamba-Shedder, reproduced."""
+    """Raises ModelError for a command that several processes were started with and cannot share."""
     if "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand not in SHARED:
         raise ModelError(
             f"torchrun or accelerate started several processes, which only {' and '.join(SHARED)} can share: give this "
